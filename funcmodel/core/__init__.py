@@ -1,0 +1,1 @@
+"""L1: one expression, one key, one header. Pure; no torch."""

@@ -1,0 +1,1 @@
+"""L2: whole state dicts and whole modules. Pure; no torch."""
