@@ -42,6 +42,7 @@ class Initialize:
             "pkg.mod:function" with `(key, spec, generator) -> tensor`; None where nothing is known that could do it,
             which `checked` and `apply` refuse.
         seed: the plan's seed; each key's own seed is derived from it and from the key.
+        nbytes: size of the leaves together, so that `cost` needs no second table.
     """
 
     module: str
@@ -49,14 +50,20 @@ class Initialize:
     how: str | None
     seed: int
     device: Device
+    nbytes: int = 0
 
 
 @frozen
 class Move:
-    """A leaf that no checkpoint holds (a non-persistent buffer) keeps its constructor's value, on `device`."""
+    """A leaf that no checkpoint holds (a non-persistent buffer) keeps its constructor's value, on `device`.
+
+    Attributes:
+        nbytes: size of the leaf, so that `cost` needs no second table.
+    """
 
     key: str
     device: Device
+    nbytes: int = 0
 
 
 @frozen

@@ -8,7 +8,7 @@ from attrs import field, frozen
 from funcmodel.records.dtypes import DType, dtype
 from funcmodel.records.mapping import FrozenMap
 
-Json: TypeAlias = "None | bool | int | float | str | tuple[Json, ...] | FrozenMap[str, Json]"
+Json: TypeAlias = "bool | int | float | str | tuple[Json, ...] | FrozenMap[str, Json] | None"
 
 
 def freeze(value: object) -> Json:

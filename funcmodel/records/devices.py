@@ -36,7 +36,7 @@ def device(value: object) -> Device:
     if isinstance(value, int) and not isinstance(value, bool):
         return Device("cuda", value)
     kind, colon, index = str(value).partition(":")
-    if not kind.isidentifier() or (colon and not index.isdigit()):
+    if isinstance(value, bool) or not kind.isidentifier() or (colon and not index.isdigit()):
         raise ValueError(f"not a device: {value!r}; write for example 'cpu', 'cuda:0', 'disk'")
     return Device(kind, int(index) if colon else None)
 

@@ -127,7 +127,7 @@ _SHORT: Final = {
 _BY_SPELLING: Final[dict[str, DType]] = {
     **{d.name: d for d in DTYPES},
     **{f"torch.{d.torch}": d for d in DTYPES if d.torch},
-    **{name: d for name, d in FROM_SAFETENSORS.items()},
+    **FROM_SAFETENSORS,
     **_SHORT,
 }
 

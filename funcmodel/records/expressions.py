@@ -3,7 +3,7 @@
 Build expressions through `funcmodel.expr`, which keeps them in normal form; the classes are for matching.
 """
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from attrs import field, frozen
 
@@ -12,7 +12,11 @@ from funcmodel.records.mapping import FrozenMap
 from funcmodel.records.tensors import TensorSpec
 
 At: TypeAlias = tuple[int | tuple[int, int], ...]
-Static: TypeAlias = FrozenMap[str, str | int | float | bool | None | tuple[int, ...]]
+Static: TypeAlias = FrozenMap[str, str | int | float | bool | tuple[int, ...] | None]
+
+
+def _static(value: Any) -> Static:
+    return value if isinstance(value, FrozenMap) else FrozenMap(value)
 
 
 @frozen
@@ -132,7 +136,7 @@ class Call:
     fn: str
     args: "tuple[Expr, ...]"
     spec: TensorSpec
-    static: Static = field(factory=FrozenMap, converter=FrozenMap)
+    static: Static = field(default=FrozenMap(), converter=_static)
 
 
 Leaf: TypeAlias = Read | Live | Full | Noise

@@ -49,12 +49,15 @@ class FrozenMap(Mapping[K, V]):
 
     # The mixins of Mapping make a Python call per entry; these delegate to the dict's own views.
     def keys(self) -> Any:
+        """The keys, in order."""
         return self._data.keys()
 
     def values(self) -> Any:
+        """The values, in order."""
         return self._data.values()
 
     def items(self) -> Any:
+        """Pairs of key and value, in order."""
         return self._data.items()
 
     def __eq__(self, other: object) -> bool:

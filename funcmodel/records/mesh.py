@@ -34,7 +34,7 @@ class Mesh:
     ranks: tuple[int, ...] | None = field(default=None)
 
     @ranks.validator
-    def _permutation(self, attribute: Any, value: tuple[int, ...] | None) -> None:
+    def _permutation(self, _: Any, value: tuple[int, ...] | None) -> None:
         if value is not None and sorted(value) != list(range(self.size)):
             raise ValueError(f"ranks must be a permutation of 0...{self.size - 1}, found {value}")
 

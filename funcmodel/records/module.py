@@ -1,5 +1,6 @@
-"""What a module is made of, without the module: `ParamSpec`, `SubmoduleSpec`, `TiedGroup`, `ViewSpec`, `Traits`, `ModuleSpec`."""
+"""What a module is made of, without the module: `ModuleSpec` and its parts."""
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from attrs import field, frozen
@@ -9,6 +10,10 @@ from funcmodel.records.mapping import FrozenMap
 from funcmodel.records.tensors import TensorSpec
 
 ParamKind = Literal["parameter", "buffer", "extra_state"]
+
+
+def _texts(value: Iterable[str]) -> tuple[str, ...]:
+    return tuple(value)
 
 
 @frozen(kw_only=True)
@@ -54,7 +59,7 @@ class TiedGroup:
         by: "identity" where the leaves are one object, "storage" where different objects cover the same elements.
     """
 
-    keys: tuple[str, ...] = field(converter=tuple)
+    keys: tuple[str, ...] = field(converter=_texts)
     by: Literal["identity", "storage"] = "identity"
 
 
@@ -86,13 +91,17 @@ class Traits:
     """
 
     base_prefix: str = ""
-    no_split: tuple[str, ...] = field(default=(), converter=tuple)
-    ignore_missing: tuple[str, ...] = field(default=(), converter=tuple)
-    ignore_unexpected: tuple[str, ...] = field(default=(), converter=tuple)
-    keep_in_fp32: tuple[str, ...] = field(default=(), converter=tuple)
+    no_split: tuple[str, ...] = field(default=(), converter=_texts)
+    ignore_missing: tuple[str, ...] = field(default=(), converter=_texts)
+    ignore_unexpected: tuple[str, ...] = field(default=(), converter=_texts)
+    keep_in_fp32: tuple[str, ...] = field(default=(), converter=_texts)
 
 
-def _params(value: Any) -> FrozenMap[str, ParamSpec]:
+def _groups(value: Iterable[TiedGroup]) -> tuple[TiedGroup, ...]:
+    return tuple(value)
+
+
+def _frozen(value: Any) -> FrozenMap[str, Any]:
     return value if isinstance(value, FrozenMap) else FrozenMap(value)
 
 
@@ -111,11 +120,11 @@ class ModuleSpec:
     """
 
     name: str
-    params: FrozenMap[str, ParamSpec] = field(converter=_params)
-    modules: FrozenMap[str, SubmoduleSpec] = FrozenMap()
-    tied: tuple[TiedGroup, ...] = ()
-    views: FrozenMap[str, ViewSpec] = FrozenMap()
-    opaque: tuple[str, ...] = ()
+    params: FrozenMap[str, ParamSpec] = field(converter=_frozen)
+    modules: FrozenMap[str, SubmoduleSpec] = field(default=FrozenMap(), converter=_frozen)
+    tied: tuple[TiedGroup, ...] = field(default=(), converter=_groups)
+    views: FrozenMap[str, ViewSpec] = field(default=FrozenMap(), converter=_frozen)
+    opaque: tuple[str, ...] = field(default=(), converter=_texts)
     traits: Traits = Traits()
 
     def __repr__(self) -> str:

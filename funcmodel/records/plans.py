@@ -1,11 +1,12 @@
 """The plans: `StateDictPlan`, `ShardPlan`, `LoadPlan`, `SavePlan`. A plan is a value; `apply` is what happens."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from attrs import field, frozen
 
 from funcmodel.records.actions import LoadAction, SaveAction
+from funcmodel.records.devices import Device
 from funcmodel.records.expressions import Expr
 from funcmodel.records.mapping import FrozenMap
 from funcmodel.records.reports import LoadReport
@@ -13,6 +14,10 @@ from funcmodel.records.reports import LoadReport
 
 def _entries(value: Any) -> FrozenMap[str, Expr]:
     return value if isinstance(value, FrozenMap) else FrozenMap(value)
+
+
+def _tuple(value: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple(value)
 
 
 @frozen(repr=False)
@@ -72,10 +77,21 @@ class ShardPlan:
 
 @frozen(repr=False)
 class LoadPlan:
-    """What loading a module will do, action by action, and what was found while planning it."""
+    """What loading a module will do, action by action, and what was found while planning it.
 
-    actions: tuple[LoadAction, ...] = ()
+    Attributes:
+        actions: in the order in which they happen.
+        report: what was found.
+        name: the module's class name, for messages.
+        source: the files read, as short text, for messages; empty unless something was found.
+        replaced: bytes per device of the module's present tensors, which stay until the new ones take their place.
+    """
+
+    actions: tuple[LoadAction, ...] = field(default=(), converter=_tuple)
     report: LoadReport = LoadReport()
+    name: str = ""
+    source: str = ""
+    replaced: FrozenMap[Device, int] = FrozenMap()
 
     def __repr__(self) -> str:
         r = self.report
@@ -88,7 +104,7 @@ class LoadPlan:
 class SavePlan:
     """What saving a checkpoint will do, action by action."""
 
-    actions: tuple[SaveAction, ...] = ()
+    actions: tuple[SaveAction, ...] = field(default=(), converter=_tuple)
 
     def __repr__(self) -> str:
         return f"<SavePlan: {len(self.actions)} actions>"

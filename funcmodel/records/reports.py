@@ -54,6 +54,10 @@ class LoadReport:
             declares them ignorable.
         dtype_changes: dtypes differ.
         meta_keys: non-persistent leaves on meta, for which no value exists anywhere.
+        companion_keys: those unexpected keys that scale a quantized weight which is itself expected; no policy ignores
+            them.
+        hints: transforms, as text, that would fix what was found.
+        near_misses: `(wanted key, similar key in the source)`.
     """
 
     missing_keys: tuple[str, ...] = ()
@@ -64,6 +68,9 @@ class LoadReport:
     skipped_keys: tuple[str, ...] = ()
     dtype_changes: tuple[DtypeChange, ...] = ()
     meta_keys: tuple[str, ...] = ()
+    companion_keys: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
+    near_misses: tuple[tuple[str, str], ...] = ()
 
 
 @frozen
@@ -100,7 +107,7 @@ def _waivers(value: Any) -> tuple[Waiver, ...]:
 
 
 def _one_of(*choices: str) -> Any:
-    def check(record: object, attribute: Any, value: object) -> None:
+    def check(_: object, attribute: Any, value: object) -> None:
         if value not in choices:
             raise ValueError(f"{attribute.name} must be one of {', '.join(map(repr, choices))}, found {value!r}")
 

@@ -3,9 +3,22 @@
 Patterns are templates: `{i}` stands for one dotted segment, `{*rest}` for one or more.
 """
 
+from collections.abc import Iterable
 from typing import TypeAlias
 
 from attrs import field, frozen
+
+
+def _texts(value: Iterable[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _numbers(value: Iterable[int]) -> tuple[int, ...]:
+    return tuple(value)
+
+
+def _sizes(value: Iterable[int] | None) -> tuple[int, ...] | None:
+    return None if value is None else tuple(value)
 
 
 @frozen
@@ -24,10 +37,10 @@ class Merge:
         sizes: length of each part along `dim`, in elements; None means that the parts are equally long.
     """
 
-    sources: tuple[str, ...] = field(converter=tuple)
+    sources: tuple[str, ...] = field(converter=_texts)
     target: str
     dim: int = 0
-    sizes: tuple[int, ...] | None = None
+    sizes: tuple[int, ...] | None = field(default=None, converter=_sizes)
 
 
 @frozen
@@ -35,9 +48,9 @@ class Split:
     """The inverse of `Merge`: `source`, cut along `dim`, becomes `targets`."""
 
     source: str
-    targets: tuple[str, ...] = field(converter=tuple)
+    targets: tuple[str, ...] = field(converter=_texts)
     dim: int = 0
-    sizes: tuple[int, ...] | None = None
+    sizes: tuple[int, ...] | None = field(default=None, converter=_sizes)
 
 
 @frozen
@@ -71,7 +84,7 @@ class Transpose:
     """The axes of every key that matches `template`, reordered: axis `i` of the result is axis `dims[i]`."""
 
     template: str
-    dims: tuple[int, ...] = field(default=(1, 0), converter=tuple)
+    dims: tuple[int, ...] = field(default=(1, 0), converter=_numbers)
 
 
 Rule: TypeAlias = Rename | Merge | Split | Stacked | Unstacked | Transpose

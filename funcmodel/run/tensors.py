@@ -70,5 +70,14 @@ def empty(spec: TensorSpec, device: Device) -> torch.Tensor:
 
 
 def byte_view(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, shared with it, writable."""
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+    """The bytes of a contiguous CPU tensor, shared with it, writable.
+
+    Raises:
+        ValueError: the tensor is not contiguous.
+    """
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"the bytes of a tensor with strides {tensor.stride()} do not lie in order; make it contiguous"
+        )
+    # Not reshape: a dimension of size 1 may have any stride, which a view of other element size refuses.
+    return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data

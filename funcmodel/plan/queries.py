@@ -1,0 +1,339 @@
+"""Questions to plans and specs: how many bytes, how many parameters, what it costs, where every leaf comes from."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from math import prod
+from typing import Literal, assert_never
+
+from funcmodel.core.index import render_index
+from funcmodel.core.lowering import leaves, reads
+from funcmodel.core.shapes import spec_of
+from funcmodel.core.wire import render_header
+from funcmodel.errors import PlanError
+from funcmodel.records.actions import (
+    Assign,
+    Initialize,
+    LoadAction,
+    Move,
+    Offload,
+    Publish,
+    SaveAction,
+    Tie,
+    WriteIndex,
+    WriteShard,
+    WriteText,
+)
+from funcmodel.records.devices import CPU, DISK, Device, device
+from funcmodel.records.expressions import Call, Expr, Full, Live, Noise, Read, Reshape
+from funcmodel.records.mapping import FrozenMap
+from funcmodel.records.module import ModuleSpec, ParamSpec
+from funcmodel.records.plans import LoadPlan, SavePlan, StateDictPlan
+from funcmodel.records.reports import Cost, Origin, OriginKind
+
+
+def nbytes(plan: Mapping[str, Expr]) -> int:
+    """Bytes of all tensors of a plan, each key for itself.
+
+    Args:
+        plan: key -> expression, for example a `StateDictPlan`.
+
+    Example:
+        >>> from funcmodel.records.tensors import TensorSpec
+        >>> nbytes(StateDictPlan({"w": Live("w", TensorSpec([2, 3], "bfloat16"))}))
+        12
+    """
+    return sum(_spec_nbytes(expr) for expr in plan.values())
+
+
+def _spec_nbytes(expr: Expr) -> int:
+    return expr.spec.nbytes if type(expr) is Read else spec_of(expr).nbytes
+
+
+def num_parameters(of: ModuleSpec | Mapping[str, Expr], *, which: Literal["all", "trainable"] = "all") -> int:
+    """How many numbers there are: parameters of a module, or elements of a plan.
+
+    Tied leaves count once, as does a parameter inside another's storage. Buffers do not count.
+
+    Args:
+        of: a module's spec, or key -> expression.
+        which: "trainable" counts only leaves that require a gradient; a plan does not know them.
+
+    Raises:
+        PlanError: "trainable" of a plan.
+
+    Example:
+        >>> from funcmodel.records.tensors import TensorSpec
+        >>> num_parameters(ModuleSpec(name="Net", params={"w": ParamSpec(spec=TensorSpec([2, 3], "float32"))}))
+        6
+    """
+    if isinstance(of, ModuleSpec):
+        owned = (leaf for _, leaf in _owned(of) if leaf.kind == "parameter")
+        return sum(leaf.spec.numel for leaf in owned if which == "all" or leaf.requires_grad)
+    if which != "all":
+        raise PlanError("a plan does not say which of its tensors are trainable; ask the module's spec")
+    return sum(spec_of(expr).numel for expr in of.values())
+
+
+def footprint(spec: ModuleSpec) -> int:
+    """Bytes that a module's parameters and buffers take, tied and overlapping leaves once.
+
+    Example:
+        >>> from funcmodel.records.tensors import TensorSpec
+        >>> footprint(ModuleSpec(name="Net", params={"w": ParamSpec(spec=TensorSpec([2, 3], "float32"))}))
+        24
+    """
+    return sum(leaf.spec.nbytes for _, leaf in _owned(spec) if leaf.kind != "extra_state")
+
+
+def _owned(spec: ModuleSpec) -> Iterator[tuple[str, ParamSpec]]:
+    """Leaves with elements of their own."""
+    others = {key for group in spec.tied for key in group.keys[1:]}
+    others.update(spec.views)
+    return ((key, leaf) for key, leaf in spec.params.items() if key not in others)
+
+
+# -- cost --------------------------------------------------------------------------------------------------------------
+
+
+def cost(plan: StateDictPlan | LoadPlan | SavePlan, *, on: object = "cpu") -> Cost:
+    """What applying a plan takes, in bytes.
+
+    `peak` is what stays, what is replaced only at the end (`commit="swap"` keeps a module's present tensors until then;
+    leaves on meta have none), and on the CPU the largest tensor that is computed aside: arguments and result of a
+    `Call`, what a reshape reorders, a draw in float32, the second of two names that must agree; of a save the largest
+    tensor. The readers' own buffers, at most 64 MiB, come on top.
+
+    Args:
+        plan: the plan.
+        on: the device that `materialize` is given; the other plans name their own.
+
+    Example:
+        >>> from funcmodel.records.expressions import FileRef
+        >>> from funcmodel.records.tensors import TensorSpec
+        >>> ref = FileRef("net.safetensors", "safetensors", 4120, "")
+        >>> plan = StateDictPlan({"w": Read(ref, "w", TensorSpec([2, 3], "float32"), 4096)})
+        >>> dict(cost(plan).read), dict(cost(plan, on="cuda:0").held)
+        ({'net.safetensors': 24}, {cuda:0: 24})
+    """
+    match plan:
+        case StateDictPlan():
+            home = device(on)
+            return _cost(plan.values(), {home: nbytes(plan)}, max(map(_aside, plan.values()), default=0))
+        case LoadPlan():
+            return _load_cost(plan)
+        case SavePlan():
+            return _save_cost(plan.actions)
+        case _:
+            assert_never(plan)
+
+
+def _cost(
+    exprs: Iterable[Expr], held: Mapping[Device, int], aside: int, more: Mapping[Device, int] | None = None
+) -> Cost:
+    peak = dict(held)
+    for where, size in (*(more or {}).items(), (CPU, aside)):
+        if size:
+            peak[where] = peak.get(where, 0) + size
+    peak.pop(DISK, None)
+    return Cost(read=FrozenMap(_read(exprs)), held=FrozenMap(held), peak=FrozenMap(peak))
+
+
+def _read(exprs: Iterable[Expr]) -> dict[str, int]:
+    """Bytes read per file."""
+    total: dict[str, int] = {}
+    for expr in exprs:
+        if type(expr) is Read:
+            total[expr.file.path] = total.get(expr.file.path, 0) + expr.spec.nbytes
+            continue
+        for leaf, box in reads(expr):
+            bits = prod(stop - start for start, stop in box) * leaf.spec.dtype.bits
+            total[leaf.file.path] = total.get(leaf.file.path, 0) + bits // 8
+    return total
+
+
+def _aside(expr: Expr) -> int:
+    """The largest number of bytes that one part of `expr` needs beside the destination."""
+    if type(expr) is Read or type(expr) is Live:
+        return 0
+    largest = 0
+    pending = [expr]
+    while pending:
+        node = pending.pop()
+        match node:
+            case Call(_, args, spec):
+                largest = max(largest, spec.nbytes + sum(spec_of(arg).nbytes for arg in args))
+            case Noise(spec):
+                largest = max(largest, spec.numel * 4)
+            case Reshape(of):
+                largest = max(largest, spec_of(of).nbytes)
+        pending.extend(children_of(node))
+    return largest
+
+
+def children_of(expr: Expr) -> tuple[Expr, ...]:
+    """The expressions directly below one.
+
+    Example:
+        >>> from funcmodel.records.expressions import Cast
+        >>> from funcmodel.records.tensors import TensorSpec
+        >>> children_of(Cast(Live("w", TensorSpec([2], "float32")), "bfloat16"))
+        (Live(key='w', spec=[2] float32),)
+    """
+    match expr:
+        case Read() | Live() | Full() | Noise():
+            return ()
+        case Call(args=parts):
+            return parts
+    inner = getattr(expr, "of", None)
+    return expr.parts if inner is None else (inner,)  # type: ignore[union-attr]
+
+
+def _load_cost(plan: LoadPlan) -> Cost:
+    held: dict[Device, int] = {}
+    exprs: list[Expr] = []
+    aside = 0
+    for action in plan.actions:
+        where, size, expr = _held(action)
+        if size:
+            held[where] = held.get(where, 0) + size
+        if expr is not None:
+            exprs.append(expr)
+            aside = max(aside, _aside(expr) + (_spec_nbytes(expr) if isinstance(action, Tie) else 0))
+    return _cost(exprs, held, aside, plan.replaced)
+
+
+def _held(action: LoadAction) -> tuple[Device, int, Expr | None]:
+    """Device and bytes that an action leaves allocated, and what it reads."""
+    match action:
+        case Assign(_, expr, where):
+            return where, _spec_nbytes(expr), expr
+        case Offload(_, expr, copy):
+            return DISK, _spec_nbytes(expr) if copy else 0, expr if copy else None
+        case Initialize(device=where, nbytes=size) | Move(device=where, nbytes=size):
+            return where, size, None
+        case Tie(_, _, expr):
+            return CPU, 0, expr
+        case _:
+            assert_never(action)
+
+
+def _save_cost(actions: Iterable[SaveAction]) -> Cost:
+    written: dict[str, int] = {}
+    exprs: list[Expr] = []
+    largest = 0
+    for action in actions:
+        match action:
+            case WriteShard(file, entries, metadata):
+                specs = {key: spec_of(expr) for key, expr in entries.items()}
+                sizes = [spec.nbytes for spec in specs.values()]
+                written[file] = len(render_header(specs, metadata)[0]) + sum(sizes)
+                exprs += entries.values()
+                largest = max(largest, *sizes, *map(_aside, entries.values()), 0)
+            case WriteIndex(file, weight_map, metadata):
+                written[file] = len(render_index(weight_map, metadata).encode("utf-8"))
+            case WriteText(file, text):
+                written[file] = len(text.encode("utf-8"))
+            case Publish():
+                pass
+            case _:
+                assert_never(action)
+    peak = FrozenMap({CPU: largest}) if largest else FrozenMap[Device, int]()
+    return Cost(read=FrozenMap(_read(exprs)), peak=peak, written=FrozenMap(written))
+
+
+# -- origins -----------------------------------------------------------------------------------------------------------
+
+
+def origins(spec: ModuleSpec, plan: LoadPlan) -> FrozenMap[str, Origin]:
+    """Where every leaf of a module comes from: every parameter, every buffer (persistent or not), every extra state.
+
+    Args:
+        spec: the module.
+        plan: from `plan_load` for this module.
+
+    Raises:
+        PlanError: a leaf has no origin, or two; `keys` names them.
+
+    Example:
+        >>> from funcmodel.records.tensors import TensorSpec
+        >>> net = ModuleSpec(name="Net", params={"w": ParamSpec(spec=TensorSpec([2], "float32"))})
+        >>> origins(net, LoadPlan((Assign("w", Live("w", TensorSpec([2], "float32")), CPU),)))["w"]
+        Origin(kind='live', sources=('w',))
+    """
+    found: dict[str, Origin] = {}
+    twice: list[str] = []
+    for action in plan.actions:
+        for key, origin in _origins(spec, action):
+            if key in found:
+                twice.append(key)
+            found[key] = origin
+    found.update((key, Origin("extra_state")) for key in spec.opaque)
+    lost = [key for key in spec.params if key not in found]
+    if lost or twice:
+        keys = (*lost, *twice)
+        raise PlanError(
+            f"{spec.name}: {keys[0]!r} has {'no origin' if lost else 'two origins'} ({len(keys)} such leaves); "
+            "plan_load the module that is to be loaded",
+            keys=keys,
+        )
+    return FrozenMap({key: found[key] for key in (*spec.params, *spec.opaque)})
+
+
+def _origins(spec: ModuleSpec, action: LoadAction) -> Iterator[tuple[str, Origin]]:
+    match action:
+        case Assign(key, expr) | Offload(key, expr):
+            yield key, origin_of(expr)
+        case Tie(key, to):
+            yield key, Origin("alias", (to,))
+        case Move(key):
+            yield key, _constructed(spec, key)
+        case Initialize(_, keys, how):
+            for key in keys:
+                if how == "constructor":
+                    yield key, _constructed(spec, key)
+                elif how is not None:
+                    yield key, Origin("init", (how,))
+        case _:
+            assert_never(action)
+
+
+def _constructed(spec: ModuleSpec, key: str) -> Origin:
+    leaf = spec.params.get(key)
+    seed = leaf.random_seed if leaf is not None else None
+    return Origin("constructor") if seed is None else Origin("random", (str(seed),))
+
+
+def origin_of(expr: Expr) -> Origin:
+    """The origin of one expression: the most telling kind of leaf it has.
+
+    Example:
+        >>> from funcmodel.records.tensors import TensorSpec
+        >>> origin_of(Full(TensorSpec([2], "float32"), 0.0))
+        Origin(kind='constant', sources=())
+    """
+    if type(expr) is Read:
+        return Origin("file", (f"{expr.file.path}:{expr.name}",))
+    files: dict[str, None] = {}
+    lives: dict[str, None] = {}
+    kinds: set[type] = set()
+    for leaf in leaves(expr):
+        kinds.add(type(leaf))
+        if isinstance(leaf, Read):
+            files[f"{leaf.file.path}:{leaf.name}"] = None
+        elif isinstance(leaf, Live):
+            lives[leaf.key] = None
+    kind: OriginKind
+    if _has_call(expr):
+        kind = "computed"
+    else:
+        kind = "file" if files else "live" if lives else "noise" if Noise in kinds else "constant"
+    return Origin(kind, (*files, *lives))
+
+
+def _has_call(expr: Expr) -> bool:
+    pending = [expr]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, Call):
+            return True
+        pending.extend(children_of(node))
+    return False

@@ -1,0 +1,107 @@
+"""Copies from memory to memory: bits where the dtype stays, numbers where it is cast."""
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+
+from funcmodel.errors import PlanError
+from funcmodel.records.dtypes import DType
+from funcmodel.records.expressions import At
+from funcmodel.records.tensors import TensorSpec
+from funcmodel.run.boxes import Box, Place, chunks, indices, packed, whole
+from funcmodel.run.tensors import torch_dtype
+
+_BITS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def move(source: torch.Tensor, to: torch.Tensor, casts: Sequence[DType] = ()) -> None:
+    """Copy through `casts`, one after the other; without casts the bits are copied, not the numbers."""
+    if casts:
+        for kind in casts[:-1]:
+            source = source.to(torch_dtype(kind))
+        to.copy_(source)
+        return
+    if not to.is_contiguous():  # torch has a fast transposition, into contiguous memory only
+        order = sorted(range(to.ndim), key=to.stride, reverse=True)
+        to, source = to.permute(order), source.permute(order)
+    bits = _BITS.get(to.dtype.itemsize)
+    if bits is None or source.is_conj() or source.is_neg():
+        to.copy_(source)
+    else:  # copy_ turns a bool of 2 into 1, and does not know packed types
+        to.view(bits).copy_(source.view(bits))
+
+
+def move_box(source: torch.Tensor, box: Box, to: torch.Tensor, casts: Sequence[DType] = ()) -> None:
+    """Copy a box of a tensor in memory; temporaries stay within a few chunks."""
+    everything = whole(source.shape)
+    if len(casts) < 2 and all(len(runs) == 1 for runs in box):
+        move(picked(source, box, everything), to, casts)
+        return
+    size = max(source.element_size(), *(kind.bits // 8 for kind in casts), 1)
+    for part, _, place in chunks(source.shape, size, box):
+        move(picked(source, part, everything), placed(to, place), casts)
+
+
+def picked(source: torch.Tensor, box: Box, given: Box) -> torch.Tensor:
+    """The box `box` of a stored tensor, out of `source`, which is the box `given` of it."""
+    for axis, (runs, held) in enumerate(zip(box, given, strict=True)):
+        if runs == held:
+            continue
+        if len(runs) == len(held) == 1:
+            source = source.narrow(axis, runs[0][0] - held[0][0], runs[0][1])
+            continue
+        if len(held) == 1:
+            rows = [i - held[0][0] for i in indices(runs)]
+        else:
+            position = {i: at for at, i in enumerate(indices(held))}
+            rows = [position[i] for i in indices(runs)]
+        source = _selected(source, axis, torch.tensor(rows, dtype=torch.int64, device="cpu"))
+    return source
+
+
+def _selected(source: torch.Tensor, axis: int, rows: torch.Tensor) -> torch.Tensor:
+    bits = _BITS.get(source.dtype.itemsize)
+    if bits is None or source.is_conj() or source.is_neg():
+        return source.index_select(axis, rows)
+    return source.view(bits).index_select(axis, rows).view(source.dtype)
+
+
+def placed(to: torch.Tensor, place: Place) -> torch.Tensor:
+    """The part of a destination that starts, on each axis, at `place[axis][0]` and is `place[axis][1]` long."""
+    for axis, (start, size) in enumerate(place):
+        if size != to.shape[axis]:
+            to = to.narrow(axis, start, size)
+    return to
+
+
+def part(to: torch.Tensor, at: At, spec: TensorSpec) -> torch.Tensor:
+    """The part of a destination of `spec` that one lowered copy writes.
+
+    Raises:
+        PlanError: elements of a packed type that do not fill whole bytes.
+    """
+    axis, last = 0, len(at) - 1
+    for i, of in enumerate(at):
+        if isinstance(of, int):
+            if i == last:
+                packed(1, spec)
+            to = to.select(axis, of)
+            continue
+        start, stop = (packed(of[0], spec), packed(of[1], spec)) if i == last else of
+        if stop - start != to.shape[axis]:
+            to = to.narrow(axis, start, stop - start)
+        axis += 1
+    return to
+
+
+def constant(spec: TensorSpec, value: complex) -> torch.Tensor:
+    """A 0-dim tensor.
+
+    Raises:
+        PlanError: the dtype cannot hold the value.
+    """
+    try:
+        return torch.full((), value, dtype=torch_dtype(spec.dtype), device="cpu")
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise PlanError(f"{value!r} is no {spec.dtype.name}: {error}") from error

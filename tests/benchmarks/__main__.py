@@ -1,0 +1,35 @@
+"""`python -m tests.benchmarks [name ...]`: a table of each measurement; exit code 1 if one is above its limit."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.benchmarks import Row, planning, small_tensors, table
+
+MEASUREMENTS = {
+    "small_tensors": ("20,000 tensors of 2 KiB into a module on meta (ours / peer)", small_tensors.rows),
+    "planning": ("planning 100,000 tensors on meta, CPU-seconds", planning.rows),
+}
+
+
+def above(row: Row) -> bool:
+    return row.limit is not None and row.value > row.limit
+
+
+def main() -> int:
+    chosen = sys.argv[1:] or [*MEASUREMENTS, "saving"]
+    failed = False
+    for name in chosen:
+        if name == "saving":  # each case in a process of its own
+            script = Path(__file__).with_name("saving.py")
+            failed |= subprocess.run([sys.executable, script], check=False).returncode != 0
+            continue
+        title, measure = MEASUREMENTS[name]
+        found = measure()
+        print(table(title, found), flush=True)
+        failed |= any(map(above, found))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
