@@ -8,6 +8,7 @@ from typing import Final, Literal, TypeAlias
 
 from funcmodel.core.index import render_config
 from funcmodel.core.limits import Limits, name_error
+from funcmodel.core.lowering import leaves
 from funcmodel.core.shapes import spec_of
 from funcmodel.errors import PlanError, TieConflictError
 from funcmodel.plan.sharding import index_name, plan_shards, rivals, single_name
@@ -15,21 +16,7 @@ from funcmodel.records.actions import Publish, SaveAction, WriteIndex, WriteShar
 from funcmodel.records.checkpoint import CheckpointSpec
 from funcmodel.records.config import Config
 from funcmodel.records.dtypes import FROM_SAFETENSORS
-from funcmodel.records.expressions import (
-    Call,
-    Cast,
-    Concat,
-    Expr,
-    Full,
-    Index,
-    Live,
-    Noise,
-    Permute,
-    Read,
-    Reshape,
-    Stack,
-    Take,
-)
+from funcmodel.records.expressions import Expr, Live, Read
 from funcmodel.records.mapping import FrozenMap
 from funcmodel.records.module import ModuleSpec, TiedGroup
 from funcmodel.records.plans import SavePlan, ShardPlan, StateDictPlan
@@ -257,20 +244,8 @@ def _identity(expr: Expr) -> object:
             return key
         case Read(file, name, _, offset):
             return file.path, name, offset
-    return expr if _holds_tensor(expr) else None
-
-
-def _holds_tensor(expr: Expr) -> bool:
-    """Whether a stored or live tensor is in it: two biases that are both all zeros are not one tensor."""
-    match expr:
-        case Read() | Live():
-            return True
-        case Full() | Noise():
-            return False
-        case Concat(parts) | Stack(parts) | Call(_, parts):
-            return any(map(_holds_tensor, parts))
-        case Index(of) | Permute(of) | Take(of) | Reshape(of) | Cast(of):
-            return _holds_tensor(of)
+    # Two biases that are both all zeros are not one tensor.
+    return expr if any(isinstance(leaf, Read | Live) for leaf in leaves(expr)) else None
 
 
 # -- files -----------------------------------------------------------------------------------------------------------

@@ -1,27 +1,18 @@
 """Tiling: the pieces of one tensor, put together where they cover each element exactly once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import prod
-from typing import TypeAlias, assert_never
+from typing import TypeAlias
 
 from funcmodel.core import build
+from funcmodel.core.lowering import leaves
 from funcmodel.core.shapes import shape_of, spec_of
 from funcmodel.errors import RuleError
 from funcmodel.records.expressions import (
     At,
-    Call,
-    Cast,
-    Concat,
     Expr,
-    Full,
-    Index,
-    Live,
-    Noise,
-    Permute,
     Read,
     Reshape,
-    Stack,
-    Take,
 )
 
 Span: TypeAlias = tuple[int, int]
@@ -56,7 +47,7 @@ class Tiles:
     def refusal(self, why: str, more: tuple[str, ...] = ()) -> RuleError:
         """The error for pieces that do not make the tensor."""
         keys = tuple(dict.fromkeys(key for some in (*self.keys, more) for key in some))
-        name = next(_names(self.node), None)
+        name = next((leaf.name for leaf in leaves(self.node) if isinstance(leaf, Read)), None)
         return RuleError(
             f"cannot restore {name!r} ({spec_of(self.node)}) from {', '.join(keys[:8])}: {why}; rename with rules and "
             f"`inverse`, or save under the new names",
@@ -93,24 +84,6 @@ def axis_of(at: At, dim: int) -> int:
         1
     """
     return sum(isinstance(span, tuple) for span in at[:dim])
-
-
-def _names(expr: Expr) -> Iterator[str]:
-    match expr:
-        case Read():
-            yield expr.name
-        case Index(of) | Permute(of) | Cast(of) | Take(of) | Reshape(of):
-            yield from _names(of)
-        case Concat(parts) | Stack(parts):
-            for part in parts:
-                yield from _names(part)
-        case Call(args=parts):
-            for part in parts:
-                yield from _names(part)
-        case Full() | Noise() | Live():
-            return
-        case _:
-            assert_never(expr)
 
 
 def put_together(tiles: Tiles) -> Expr:
