@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from funcmodel.errors import HeaderError as HeaderError
     from funcmodel.errors import IndexMismatchError as IndexMismatchError
     from funcmodel.errors import KeyMismatchError as KeyMismatchError
+    from funcmodel.errors import NoMemoryError as NoMemoryError
     from funcmodel.errors import NoSpaceError as NoSpaceError
     from funcmodel.errors import PlacementError as PlacementError
     from funcmodel.errors import PlanError as PlanError
@@ -106,6 +107,7 @@ if TYPE_CHECKING:
     from funcmodel.records.checkpoint import FileSpec as FileSpec
     from funcmodel.records.checkpoint import IndexSpec as IndexSpec
     from funcmodel.records.checkpoint import StoredTensor as StoredTensor
+    from funcmodel.records.checkpoint import StoredView as StoredView
     from funcmodel.records.config import Config as Config
     from funcmodel.records.devices import Budget as Budget
     from funcmodel.records.devices import Device as Device
@@ -146,11 +148,13 @@ if TYPE_CHECKING:
     from funcmodel.records.plans import ShardPlan as ShardPlan
     from funcmodel.records.plans import StateDictPlan as StateDictPlan
     from funcmodel.records.reports import Cost as Cost
+    from funcmodel.records.reports import Damage as Damage
     from funcmodel.records.reports import DtypeChange as DtypeChange
     from funcmodel.records.reports import LoadPolicy as LoadPolicy
     from funcmodel.records.reports import LoadReport as LoadReport
     from funcmodel.records.reports import Mismatch as Mismatch
     from funcmodel.records.reports import Origin as Origin
+    from funcmodel.records.reports import VerifyReport as VerifyReport
     from funcmodel.records.reports import Waiver as Waiver
     from funcmodel.records.rules import Merge as Merge
     from funcmodel.records.rules import Rename as Rename
@@ -168,10 +172,17 @@ if TYPE_CHECKING:
     from funcmodel.run.existing import existing_checkpoint as existing_checkpoint
     from funcmodel.run.formats import FORMATS as FORMATS
     from funcmodel.run.formats import SAFETENSORS as SAFETENSORS
+    from funcmodel.run.formats import TORCH_BIN as TORCH_BIN
+    from funcmodel.run.formats import TORCH_PT as TORCH_PT
+    from funcmodel.run.formats import TORCH_PTH as TORCH_PTH
     from funcmodel.run.formats import Format as Format
+    from funcmodel.run.formats import torch_zip as torch_zip
+    from funcmodel.run.legacy_torch import legacy_torch as legacy_torch
     from funcmodel.run.scan import plan_of as plan_of
     from funcmodel.run.scan import scan as scan
     from funcmodel.run.scan import scan_checkpoint as scan_checkpoint
+    from funcmodel.run.verify import record_digests as record_digests
+    from funcmodel.run.verify import verify as verify
     from funcmodel.run.write import write as write
 
 # Names are imported on first use, so that `import funcmodel` costs little and L0 to L2 work without torch.
@@ -197,6 +208,7 @@ _HOMES: Final = MappingProxyType(
             "HeaderError",
             "IndexMismatchError",
             "KeyMismatchError",
+            "NoMemoryError",
             "NoSpaceError",
             "PlacementError",
             "PlanError",
@@ -238,7 +250,7 @@ _HOMES: Final = MappingProxyType(
             "WriteShard",
             "WriteText",
         ),
-        "funcmodel.records.checkpoint": ("CheckpointSpec", "FileSpec", "IndexSpec", "StoredTensor"),
+        "funcmodel.records.checkpoint": ("CheckpointSpec", "FileSpec", "IndexSpec", "StoredTensor", "StoredView"),
         "funcmodel.records.config": ("Config",),
         "funcmodel.records.devices": ("Budget", "Device", "DeviceMap", "device", "device_map"),
         "funcmodel.records.dtypes": ("DType", "dtype"),
@@ -264,19 +276,31 @@ _HOMES: Final = MappingProxyType(
         "funcmodel.records.plans": ("LoadPlan", "SavePlan", "ShardPlan", "StateDictPlan"),
         "funcmodel.records.reports": (
             "Cost",
+            "Damage",
             "DtypeChange",
             "LoadPolicy",
             "LoadReport",
             "Mismatch",
             "Origin",
+            "VerifyReport",
             "Waiver",
         ),
         "funcmodel.records.rules": ("Merge", "Rename", "Rule", "Split", "Stacked", "Transpose", "Unstacked"),
         "funcmodel.records.tensors": ("TensorSpec", "format_size", "parse_size"),
         "funcmodel.run.evaluate": ("fill", "materialize", "stream"),
         "funcmodel.run.existing": ("existing_checkpoint",),
-        "funcmodel.run.formats": ("FORMATS", "Format", "SAFETENSORS"),
+        "funcmodel.run.formats": (
+            "FORMATS",
+            "Format",
+            "SAFETENSORS",
+            "TORCH_BIN",
+            "TORCH_PT",
+            "TORCH_PTH",
+            "torch_zip",
+        ),
+        "funcmodel.run.legacy_torch": ("legacy_torch",),
         "funcmodel.run.scan": ("plan_of", "scan", "scan_checkpoint"),
+        "funcmodel.run.verify": ("record_digests", "verify"),
         "funcmodel.run.write": ("write",),
     }
 )

@@ -1,15 +1,15 @@
 """L5: `load`, `save`, `apply`: three conveniences over scan, plan, check, apply."""
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias, overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Literal, TypeAlias, TypeVar, overload
 
 import torch
 from torch import nn
 
 from funcmodel.bind.assign import assign
 from funcmodel.bind.inspect import live_tensors, module_spec
-from funcmodel.errors import PlanError
+from funcmodel.errors import PlanError, StalePlanError
 from funcmodel.plan.loading import checked, plan_load
 from funcmodel.plan.saving import live_plan, plan_save
 from funcmodel.plan.sharding import SUFFIX
@@ -20,6 +20,7 @@ from funcmodel.records.module import TiedGroup
 from funcmodel.records.plans import LoadPlan, SavePlan, StateDictPlan
 from funcmodel.records.reports import LoadPolicy
 from funcmodel.run.existing import existing_checkpoint
+from funcmodel.run.filesystem import REAL, FileSystem
 from funcmodel.run.formats import FORMATS, Format
 from funcmodel.run.scan import scan
 from funcmodel.run.tensors import tensor_spec
@@ -27,7 +28,10 @@ from funcmodel.run.write import write
 
 Path: TypeAlias = str | os.PathLike[str]
 Tensors: TypeAlias = Mapping[str, torch.Tensor]
+T = TypeVar("T")
 Source: TypeAlias = Path | Sequence[Path] | StateDictPlan | Mapping[str, Expr] | Tensors
+
+_ATTEMPTS: Final = 20  # how often a checkpoint is scanned anew that others replace before it is read
 
 
 @overload
@@ -37,6 +41,7 @@ def apply(
     *,
     commit: Literal["swap", "in_place"] = ...,
     preflight: Literal["headers", "read"] = ...,
+    digest: Literal["ignore", "check"] = ...,
     live: Tensors | None = ...,
     formats: tuple[Format, ...] = ...,
 ) -> nn.Module: ...
@@ -47,8 +52,10 @@ def apply(
     *,
     symlinks: Literal["follow", "refuse"] = ...,
     durability: Literal["full", "none"] = ...,
+    digest: Literal["ignore", "check"] = ...,
     live: Tensors | None = ...,
     formats: tuple[Format, ...] = ...,
+    filesystem: FileSystem = ...,
 ) -> CheckpointSpec: ...
 def apply(plan: LoadPlan | SavePlan, to: Any, **options: Any) -> nn.Module | CheckpointSpec:
     """Carry a plan out: a `LoadPlan` on a module, a `SavePlan` on a folder.
@@ -57,12 +64,13 @@ def apply(plan: LoadPlan | SavePlan, to: Any, **options: Any) -> nn.Module | Che
         plan: the plan. Every file it reads must still have the size and header it had when it was planned.
         to: the module, changed in place and returned, or the folder, created where it does not exist.
         **options: for a module `commit` ("swap": after any error the module is bit for bit what it was; "in_place":
-            bytes go into the existing storage) and `preflight`; for a folder `symlinks` and `durability`; for both
-            `live` (tensors for `Live` leaves) and `formats`.
+            bytes go into the existing storage) and `preflight`; for a folder `symlinks`, `durability` and `filesystem`;
+            for both `live` (tensors for `Live` leaves), `formats`, and `digest` ("check": what is read of files is
+            first compared with the digests that are recorded of it).
 
     Raises:
         StalePlanError: a file or the module changed since it was planned. Nothing was touched.
-        CheckpointError: the bytes on disk are wrong.
+        CheckpointError: the bytes on disk are wrong; a `DigestError` where only a digest tells.
         ActionError: an action failed; `.done` and `.torn` say what an "in_place" load left behind.
         SaveError: a save failed; `.committed` says whether readers see the new checkpoint.
 
@@ -93,6 +101,7 @@ def load(
     seed: int = 0,
     commit: Literal["swap", "in_place"] = "swap",
     preflight: Literal["headers", "read"] = "headers",
+    digest: Literal["ignore", "check"] = "ignore",
     live: Tensors | None = None,
     formats: tuple[Format, ...] = FORMATS,
 ) -> nn.Module:
@@ -110,6 +119,8 @@ def load(
         seed: seed of those draws.
         commit: "swap" or "in_place"; see `apply`.
         preflight: see `apply`.
+        digest: "check" hashes every stored tensor that is wanted, and compares it with the digest that is recorded of
+            it, before the module is touched.
         live: tensors for the `Live` leaves of a plan.
         formats: the readers to choose from.
 
@@ -118,7 +129,7 @@ def load(
 
     Raises:
         KeyMismatchError: module and source do not fit; all findings at once.
-        CheckpointError: the bytes on disk are wrong.
+        CheckpointError: the bytes on disk are wrong; a `DigestError` where only a digest tells.
         PlanError: the load cannot be planned.
         ApplyError: see `apply`.
 
@@ -131,10 +142,22 @@ def load(
         >>> torch.equal(copy.weight, net.weight)
         True
     """
-    plan, tensors = _state_dict_plan(source, live, formats)
     dtype: Literal["file", "module"] = "module" if policy.dtype == "module" else "file"
-    planned = plan_load(module_spec(module), plan, device_map=device_map, init=init, seed=seed, dtype=dtype)
-    return assign(checked(planned, policy), module, commit=commit, preflight=preflight, live=tensors, formats=formats)
+
+    def attempt() -> nn.Module:
+        plan, tensors = _state_dict_plan(source, live, formats)
+        planned = plan_load(module_spec(module), plan, device_map=device_map, init=init, seed=seed, dtype=dtype)
+        return assign(
+            checked(planned, policy),
+            module,
+            commit=commit,
+            preflight=preflight,
+            digest=digest,
+            live=tensors,
+            formats=formats,
+        )
+
+    return attempt() if isinstance(source, Mapping) else _current(attempt)
 
 
 def save(
@@ -143,14 +166,18 @@ def save(
     *,
     max_shard_size: int | str | None = "5GB",
     config: Config | Mapping[str, Any] | None = None,
+    texts: Mapping[str, str] | None = None,
     variant: str | None = None,
     aliases: Literal["alias", "copy", "raise"] | None = None,
     tied: tuple[TiedGroup, ...] = (),
     extra_state: Literal["error", "drop"] = "error",
     symlinks: Literal["follow", "refuse"] = "follow",
     durability: Literal["full", "none"] = "full",
+    digests: Literal["none", "sha256"] = "none",
+    digest: Literal["ignore", "check"] = "ignore",
     live: Tensors | None = None,
     formats: tuple[Format, ...] = FORMATS,
+    filesystem: FileSystem = REAL,
 ) -> CheckpointSpec:
     """Save a module, a plan or a state dict into a folder: plan, apply. Nothing is deleted before it was replaced.
 
@@ -160,6 +187,7 @@ def save(
         into: the folder, created where it does not exist; or a path that ends in `.safetensors`, for exactly one file.
         max_shard_size: most bytes of tensor data per file, as an int or as text such as "5GB".
         config: written as `config.json`.
+        texts: more text files beside it, name to content, for example "generation_config.json".
         variant: as in `model.fp16.safetensors`.
         aliases: one tensor under several keys is written once and its other names recorded ("alias"), written under
             each ("copy"), or refused ("raise"). None is "alias" for a module, whose ties find their way back, and
@@ -168,14 +196,18 @@ def save(
         extra_state: extra state that is no tensor is refused ("error") or left out ("drop").
         symlinks: whether a link in place of a file is followed to its target or refused.
         durability: "full" returns when the bytes are on the disk, "none" leaves that to the system.
+        digests: "sha256" records the digest of every tensor in the metadata of its file.
+        digest: "check" compares what is read of files with the digests that are recorded of it, before it is written.
         live: tensors for the `Live` leaves of a plan.
         formats: the readers to choose from.
+        filesystem: the calls that write, so that tests can make each of them fail.
 
     Returns:
         What was written.
 
     Raises:
         PlanError: the save cannot be planned, for example because of extra state that is no tensor.
+        BusyError: another writer is saving into the folder.
         SaveError: the save failed; `.committed` says whether readers see the new checkpoint.
 
     Example:
@@ -185,32 +217,66 @@ def save(
         ...     list(fm.scan(folder))
         ['bias', 'weight']
     """
-    if isinstance(source, nn.Module):
-        spec = module_spec(source)
-        if spec.opaque and extra_state == "error":
-            raise PlanError(
-                f"{spec.name} holds extra state that is no tensor: {', '.join(spec.opaque)}; "
-                "save it yourself and pass extra_state='drop'",
-                keys=spec.opaque,
-            )
-        plan, live, tied = live_plan(spec), live_tensors(source), spec.tied
-    else:
-        plan, live = _state_dict_plan(source, live, formats)
     folder, name = os.fspath(into), "model"
     if folder.endswith(SUFFIX) and not os.path.isdir(folder):
         folder, name = os.path.split(folder.removesuffix(SUFFIX))
         folder, max_shard_size = folder or os.curdir, None
-    planned = plan_save(
-        plan,
-        max_shard_size=max_shard_size,
-        tied=tied,
-        aliases=aliases or ("alias" if isinstance(source, nn.Module) else "copy"),
-        existing=existing_checkpoint(folder, name=name, variant=variant),
-        config=config if config is None or isinstance(config, Config) else Config(config),
-        variant=variant,
-        name=name,
-    )
-    return write(planned, folder, symlinks=symlinks, durability=durability, live=live, formats=formats)
+
+    def attempt() -> CheckpointSpec:
+        tensors: Tensors | None
+        if isinstance(source, nn.Module):
+            plan, tensors, groups = _module_plan(source, extra_state)
+        else:
+            (plan, tensors), groups = _state_dict_plan(source, live, formats), tied
+        planned = plan_save(
+            plan,
+            max_shard_size=max_shard_size,
+            tied=groups,
+            aliases=aliases or ("alias" if isinstance(source, nn.Module) else "copy"),
+            existing=existing_checkpoint(folder, name=name, variant=variant),
+            config=config if config is None or isinstance(config, Config) else Config(config),
+            texts=texts,
+            variant=variant,
+            name=name,
+            digests=digests,
+        )
+        return write(
+            planned,
+            folder,
+            symlinks=symlinks,
+            durability=durability,
+            digest=digest,
+            live=tensors,
+            formats=formats,
+            filesystem=filesystem,
+        )
+
+    return _current(attempt)
+
+
+def _module_plan(
+    module: nn.Module, extra_state: Literal["error", "drop"]
+) -> tuple[StateDictPlan, Tensors, tuple[TiedGroup, ...]]:
+    """A module as a plan, with the tensors of its `Live` leaves and what is tied."""
+    spec = module_spec(module)
+    if spec.opaque and extra_state == "error":
+        raise PlanError(
+            f"{spec.name} holds extra state that is no tensor: {', '.join(spec.opaque)}; "
+            "save it yourself and pass extra_state='drop'",
+            keys=spec.opaque,
+        )
+    return live_plan(spec), live_tensors(module), spec.tied
+
+
+def _current(attempt: Callable[[], T]) -> T:
+    """The result of scanning, planning and applying, done anew where another process replaced a file in between."""
+    for _ in range(_ATTEMPTS - 1):
+        try:
+            return attempt()
+        except StalePlanError as error:
+            if "path" not in error.fields:
+                raise
+    return attempt()
 
 
 def _state_dict_plan(

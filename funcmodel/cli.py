@@ -1,4 +1,4 @@
-"""The command `funcmodel`: look into checkpoints, compare and re-shard them, see the demo."""
+"""The command `funcmodel`: look into checkpoints, compare, verify and re-shard them, see the demo."""
 
 import argparse
 import sys
@@ -46,11 +46,19 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("new", help="a file or folder")
     diff.set_defaults(run=_diff)
 
+    verify = commands.add_parser(
+        "verify", help="compare every tensor with its recorded digest; exits with 0 if each has one and is what it says"
+    )
+    verify.add_argument("path", help="a file or folder")
+    verify.add_argument("--variant", help="as in model.fp16.safetensors")
+    verify.set_defaults(run=_verify)
+
     reshard = commands.add_parser("reshard", help="rewrite a checkpoint, streaming, without a model")
     reshard.add_argument("source", help="a file or folder")
     reshard.add_argument("into", help="a folder")
     reshard.add_argument("--max-shard-size", default="5GB", help="most bytes of tensors per file (5GB)")
     reshard.add_argument("--dtype", help="cast floating-point tensors, for example bfloat16")
+    reshard.add_argument("--digests", choices=("none", "sha256"), default="none", help="record digests (none)")
     reshard.set_defaults(run=_reshard)
     return parser
 
@@ -76,6 +84,14 @@ def _diff(options: argparse.Namespace) -> int:
     return int(bool(found.added or found.removed or found.changed))
 
 
+def _verify(options: argparse.Namespace) -> int:
+    import funcmodel as fm
+
+    found = fm.verify(options.path, variant=options.variant)
+    print(fm.describe(found))
+    return int(bool(found.unrecorded))
+
+
 def _reshard(options: argparse.Namespace) -> None:
     import funcmodel as fm
 
@@ -83,4 +99,5 @@ def _reshard(options: argparse.Namespace) -> None:
     if options.dtype:
         plan = fm.cast(options.dtype)(plan)
     config = fm.scan_checkpoint(options.source).config
-    print(fm.describe(fm.save(plan, options.into, max_shard_size=options.max_shard_size, config=config)))
+    limit, digests = options.max_shard_size, options.digests
+    print(fm.describe(fm.save(plan, options.into, max_shard_size=limit, config=config, digests=digests)))

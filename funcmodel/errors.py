@@ -6,7 +6,7 @@ where, found against expected, and what to do.
 
 from typing import Any, Literal
 
-from funcmodel.records.reports import LoadReport
+from funcmodel.records.reports import Damage, LoadReport
 
 
 class FuncmodelError(Exception):
@@ -115,7 +115,21 @@ class UnknownFormatError(CheckpointError):
 
 
 class DigestError(CheckpointError):
-    """Bytes that differ from their recorded digest; fields `file` and `tensor`."""
+    """Bytes that differ from their recorded digest, or bytes that should have one and have none.
+
+    Attributes:
+        file: the first file concerned.
+        tensor: the first tensor concerned; None where it is the file's header, or the file as a whole.
+        expected: the digest that is recorded.
+        found: the digest that the bytes have.
+        findings: everything that was found.
+    """
+
+    file: str = ""
+    tensor: str | None = None
+    expected: Any = None
+    found: Any = None
+    findings: tuple[Damage, ...] = ()
 
 
 class AmbiguousCheckpointError(CheckpointError):
@@ -137,6 +151,18 @@ class StalePlanError(ApplyError):
 
 class ChangedError(ApplyError):
     """A file changed while it was read; field `path`."""
+
+
+class NoMemoryError(ApplyError, MemoryError):
+    """The machine can never hold what is wanted, refused before a byte is read.
+
+    Attributes:
+        needed: in bytes.
+        available: all memory that the machine has, in bytes; None where it does not say.
+    """
+
+    needed: int = 0
+    available: int | None = None
 
 
 class ActionError(ApplyError):

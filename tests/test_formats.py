@@ -102,7 +102,7 @@ def test_a_planned_file_that_became_a_pipe_is_not_waited_for(path: Path) -> None
 def test_formats_are_found_by_suffix_and_by_name() -> None:
     assert format_of("a/b.safetensors") is SAFETENSORS
     assert format_named("safetensors") is SAFETENSORS
-    for found in (lambda: format_of("a/b.bin"), lambda: format_named("gguf"), lambda: format_of("safetensors", ())):
+    for found in (lambda: format_of("a/b.gguf"), lambda: format_named("gguf"), lambda: format_of("safetensors", ())):
         with pytest.raises(UnknownFormatError):
             found()
 

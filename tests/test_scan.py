@@ -216,7 +216,8 @@ def test_which_of_two_is_not_there(which: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "names", [(), ("config.json",), ("pytorch_model.bin",), (".model.safetensors",), (".safetensors",)]
+    "names",
+    [(), ("config.json",), ("training_args.bin", "optimizer.pt"), (".model.safetensors",), (".safetensors",), (".pt",)],
 )
 def test_no_weights(names: tuple[str, ...], tmp_path: Path) -> None:
     for name in names:
@@ -227,9 +228,9 @@ def test_no_weights(names: tuple[str, ...], tmp_path: Path) -> None:
 
 
 def test_a_file_of_no_known_format(tmp_path: Path) -> None:
-    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    (tmp_path / "model.ckpt").write_bytes(b"\x80\x04.")
     with pytest.raises(UnknownFormatError) as caught:
-        scan(tmp_path / "pytorch_model.bin")
+        scan(tmp_path / "model.ckpt")
     assert caught.value.code == "SUFFIX"
 
 

@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from funcmodel.core.journal import JOURNAL, LOCK, is_part
 from funcmodel.errors import CheckpointError, SaveError, UnsafePathError
 from funcmodel.plan.saving import plan_save
 from funcmodel.records.actions import Publish
@@ -16,8 +17,10 @@ from funcmodel.records.expressions import Live
 from funcmodel.records.plans import SavePlan
 from funcmodel.records.tensors import TensorSpec
 from funcmodel.run.existing import existing_checkpoint
+from funcmodel.run.faults import counted
+from funcmodel.run.filesystem import REAL, Durability, Symlinks
 from funcmodel.run.scan import scan_checkpoint
-from funcmodel.run.staging import Symlinks, Transaction
+from funcmodel.run.staging import Transaction
 from funcmodel.run.write import write
 
 SPEC = TensorSpec((4,), "float32")
@@ -168,71 +171,63 @@ def test_other_names_of_a_replaced_file_keep_the_old_bytes(tmp_path: Path) -> No
 # -- order -----------------------------------------------------------------------------------------------------------
 
 
-def events(folder: Path, limit: int | None, monkeypatch: pytest.MonkeyPatch, **options: str) -> list[tuple[str, str]]:
-    """What happens to the disk, as (call, name)."""
-    found: list[tuple[str, str]] = []
-    replace, unlink, fsync = os.replace, os.unlink, os.fsync
-    by_inode: dict[int, str] = {}
-
-    def on_replace(source: str, target: str) -> None:
-        found.append(("rename", os.path.basename(target)))
-        replace(source, target)
-
-    def on_unlink(path: str) -> None:
-        found.append(("unlink", os.path.basename(path)))
-        unlink(path)
-
-    def on_fsync(fd: int) -> None:
-        where = os.fstat(fd)
-        name = "folder" if stat.S_ISDIR(where.st_mode) else by_inode.setdefault(where.st_ino, f"file {len(by_inode)}")
-        found.append(("fsync", name))
-        fsync(fd)
-
-    planned = plan(folder, limit)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", on_replace)
-        patch.setattr(os, "unlink", on_unlink)
-        patch.setattr(os, "fsync", on_fsync)
-        write(planned, folder, live=LIVE, **options)  # type: ignore[arg-type]
+def events(folder: Path, limit: int | None, durability: Durability = "full") -> list[tuple[str, str]]:
+    """What happens to the disk, as (call, name), but for locks and bytes; staged files and folders have no name."""
+    filesystem, trace = counted(REAL)
+    write(plan(folder, limit), folder, live=LIVE, durability=durability, filesystem=filesystem)
+    found = []
+    for call in trace:
+        name = os.path.basename(call.detail[0] if call.name == "replace" else call.path)
+        if call.name in ("replace", "unlink", "fsync") and name != LOCK:
+            found.append((call.name, "part" if is_part(name) else "folder" if name == folder.name else name))
     return found
 
 
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+JOURNALED = [("fsync", "part"), ("fsync", "folder"), ("replace", JOURNAL), ("fsync", "folder")]
 
 
-def test_shards_are_on_the_disk_before_the_index_and_the_old_file_goes_last(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shards_are_on_the_disk_before_the_index_and_the_old_file_goes_last(tmp_path: Path) -> None:
     save(tmp_path)
-    assert events(tmp_path, 16, monkeypatch) == [
-        *[("fsync", f"file {i}") for i in range(3)],
-        *[("rename", name) for name in SHARDS],
+    assert events(tmp_path, 16) == [
+        *[("fsync", "part")] * 3,
+        *JOURNALED,
+        *[("replace", name) for name in SHARDS],
         ("fsync", "folder"),
-        ("rename", INDEX),
+        ("replace", INDEX),
         ("fsync", "folder"),
         ("unlink", SINGLE),
         ("fsync", "folder"),
+        ("unlink", JOURNAL),
     ]
 
 
-def test_the_single_file_is_there_before_the_index_and_the_shards_go(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_single_file_is_there_before_the_index_and_the_shards_go(tmp_path: Path) -> None:
     save(tmp_path, 16)
-    assert events(tmp_path, None, monkeypatch) == [
-        ("fsync", "file 0"),
-        ("fsync", "folder"),
-        ("rename", SINGLE),
+    assert events(tmp_path, None) == [
+        ("fsync", "part"),
+        *JOURNALED,
+        ("replace", SINGLE),
         ("fsync", "folder"),
         ("unlink", INDEX),
         ("fsync", "folder"),
         *[("unlink", name) for name in SHARDS],
         ("fsync", "folder"),
+        ("unlink", JOURNAL),
     ]
 
 
-def test_without_durability_nothing_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert events(tmp_path, None, monkeypatch, durability="none") == [("rename", SINGLE)]
+def test_a_save_that_is_one_rename_needs_no_journal(tmp_path: Path) -> None:
+    save(tmp_path)
+    assert events(tmp_path, None) == [
+        ("fsync", "part"),
+        ("replace", SINGLE),
+        ("fsync", "folder"),
+    ]
+
+
+def test_without_durability_nothing_is_flushed(tmp_path: Path) -> None:
+    assert events(tmp_path, None, durability="none") == [("replace", SINGLE)]
 
 
 # -- folders ---------------------------------------------------------------------------------------------------------

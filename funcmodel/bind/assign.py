@@ -13,11 +13,12 @@ from funcmodel.bind.skeleton import forget_draws
 from funcmodel.bind.target import Target, resolved, same_device
 from funcmodel.core.build import index
 from funcmodel.core.shapes import spec_of
-from funcmodel.errors import ActionError, PlanError, StalePlanError, TieConflictError
+from funcmodel.errors import ActionError, DigestError, PlanError, StalePlanError, TieConflictError
 from funcmodel.records.expressions import Expr
 from funcmodel.records.plans import LoadPlan
 from funcmodel.run.checks import LiveTensors
 from funcmodel.run.evaluate import evaluate, fill, materialize, stream
+from funcmodel.run.files import Digest, Hashed
 from funcmodel.run.formats import FORMATS, Format
 from funcmodel.run.tensors import tensor_spec, torch_device
 
@@ -34,6 +35,7 @@ def assign(
     live: LiveTensors | None = None,
     formats: tuple[Format, ...] = FORMATS,
     preflight: Literal["headers", "read"] = "headers",
+    digest: Literal["ignore", "check"] = "ignore",
 ) -> nn.Module:
     """Carry a plan out on a module.
 
@@ -50,6 +52,8 @@ def assign(
         live: tensors for the `Live` leaves of the plan; copied, never kept.
         formats: the formats that files may have.
         preflight: "read" reads every byte once before the first one is overwritten; matters "in_place" only.
+        digest: "check" hashes every stored tensor of which the plan reads anything, and compares it with the digest
+            that is recorded of it, before the module is touched, in both modes.
 
     Returns:
         The same module.
@@ -58,6 +62,7 @@ def assign(
         StalePlanError: the module or a file is not what was planned.
         PlanError: a leaf would stay without a value, or cannot be filled in place.
         TieConflictError: leaves that are one tensor would get two values.
+        DigestError: a stored tensor is not what was recorded, or nothing is recorded of it; the module is untouched.
         CheckpointError: a file cannot be read.
         ActionError: writing in place failed; `torn` names what may hold part of its new value.
 
@@ -71,7 +76,7 @@ def assign(
         [[3.0, 3.0]]
     """
     target = resolved(plan, module)
-    read = _Reader(live, formats)
+    read = _Reader(live, formats, Hashed() if digest == "check" else digest)
     beside = _drawn(target, module)
     if commit == "swap":
         _swap(target, read, beside)
@@ -87,9 +92,10 @@ def assign(
 class _Reader:
     """What evaluating expressions needs besides them."""
 
-    def __init__(self, live: LiveTensors | None, formats: tuple[Format, ...]) -> None:
+    def __init__(self, live: LiveTensors | None, formats: tuple[Format, ...], digest: Digest) -> None:
         self.live = live
         self.formats = formats
+        self.digest = digest
 
     def values(self, target: Target, keys: Iterable[str]) -> Values:
         """The planned tensors of `keys`, each on its device."""
@@ -104,7 +110,8 @@ class _Reader:
                 exprs = by_device.setdefault(last, {})
             exprs[key] = action.expr
         for device, exprs in by_device.items():
-            found.update(materialize(exprs, device=repr(device), live=self.live, formats=self.formats))
+            made = materialize(exprs, device=repr(device), live=self.live, formats=self.formats, digest=self.digest)
+            found.update(made)
         return found
 
     def agree(self, expr: Expr, other: Expr | torch.Tensor) -> bool:
@@ -124,7 +131,7 @@ class _Reader:
     def _part(self, whole: Expr | torch.Tensor, at: tuple[tuple[int, int], ...]) -> torch.Tensor:
         if isinstance(whole, torch.Tensor):
             return whole.detach()[at[0][0] : at[0][1]].cpu() if at else whole.detach().cpu()
-        return evaluate(index(whole, at) if at else whole, self.live, formats=self.formats)
+        return evaluate(index(whole, at) if at else whole, self.live, formats=self.formats, digest=self.digest)
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -273,7 +280,7 @@ def _in_place(target: Target, read: _Reader, beside: Values, preflight: str) -> 
     _require_in_place(target, exprs, into)
     commit = _commit(target, read, values)
     if preflight == "read":
-        for _ in stream(exprs, live=read.live, formats=read.formats):
+        for _ in stream(exprs, live=read.live, formats=read.formats, digest=read.digest):
             pass
     _fill(exprs, into, read)
     try:
@@ -332,8 +339,8 @@ def _require_in_place(target: Target, exprs: Mapping[str, Expr], into: Values) -
 
 def _fill(exprs: Mapping[str, Expr], into: Values, read: _Reader) -> None:
     try:
-        fill(exprs, into, live=read.live, formats=read.formats)
-    except (PlanError, StalePlanError):
+        fill(exprs, into, live=read.live, formats=read.formats, digest=read.digest)
+    except (DigestError, PlanError, StalePlanError):
         # Raised before the first byte is written.
         raise
     except BaseException as error:

@@ -9,6 +9,16 @@ from funcmodel.errors import AmbiguousCheckpointError, IndexMismatchError
 
 # Names that transformers, diffusers, peft and open_clip give to weights. The first one present is the checkpoint.
 STEMS: Final = ("model", "diffusion_pytorch_model", "adapter_model", "open_clip_model")
+# The names that they, and torch, gave to weights before safetensors.
+TORCH_STEMS: Final = (
+    *("pytorch_model", "diffusion_pytorch_model", "adapter_model", "open_clip_pytorch_model"),
+    *("model", "checkpoint", "state_dict"),
+)
+TORCH: Final = (".bin", ".pt", ".pth")
+# Files of a training run that lie beside weights, have their suffixes, and are none.
+COMPANIONS: Final = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states", "trainer_state")
+# Follows the name of a file whose digests were recorded beside it. No reader takes such a name for weights.
+SIDECAR: Final = ".digests.json"
 WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".npz", ".index.json")
 
 
@@ -49,15 +59,16 @@ def choose(
         >>> choose(["model.safetensors.index.fp16.json"], variant="fp16").indexes
         ('model.safetensors.index.fp16.json',)
     """
-    found = _grouped(names, variant, suffix)
+    stems = TORCH_STEMS if suffix in TORCH else STEMS
+    found = _grouped([n for n in names if not is_companion(n)], variant, suffix)
     wanted = {stem: choice for (stem, v), choice in found.items() if v == variant}
     whole = {stem: choice for stem, choice in wanted.items() if choice.single or choice.indexes}
-    for stem in STEMS:
+    for stem in stems:
         if stem in whole:
             return whole[stem]
-    variants = tuple(sorted({v or "" for stem, v in found if stem in STEMS and v != variant}))
+    variants = tuple(sorted({v or "" for stem, v in found if stem in stems and v != variant}))
     if variants:
-        files = tuple(n for (stem, _), c in found.items() if stem in STEMS for n in _files(c))
+        files = tuple(n for (stem, _), c in found.items() if stem in stems for n in _files(c))
         raise _other_variants(folder, variant, variants, files)
     rest = {stem: choice for stem, choice in whole.items() if choice.indexes} or whole
     if len(rest) > 1:
@@ -75,7 +86,49 @@ def leftovers(names: Iterable[str], used: Iterable[str]) -> tuple[str, ...]:
         ('pytorch_model.bin',)
     """
     taken = set(used)
-    return tuple(sorted(n for n in names if n not in taken and (n.endswith(WEIGHTS) or ".safetensors.index." in n)))
+    return tuple(sorted(n for n in names if n not in taken and (n.endswith(WEIGHTS) or is_index(n))))
+
+
+def is_index(name: str) -> bool:
+    """Whether a name is that of an index, such as `model.safetensors.index.fp16.json`.
+
+    Example:
+        >>> is_index("pytorch_model.bin.index.json"), is_index("config.json")
+        (True, False)
+    """
+    return ".index." in name and name.endswith(".json")
+
+
+def is_companion(name: str) -> bool:
+    """Whether a name is that of a file which a training run writes beside its weights, such as `optimizer.pt`.
+
+    Example:
+        >>> is_companion("training_args.bin"), is_companion("rng_state_0.pth"), is_companion("optimizer.safetensors")
+        (True, True, False)
+    """
+    stem = name.partition(".")[0].rstrip("0123456789").rstrip("_")
+    return stem in COMPANIONS and name.endswith(TORCH)
+
+
+def is_known(name: str) -> bool:
+    """Whether a name says that the file holds weights, whatever else lies beside it.
+
+    Example:
+        >>> is_known("pytorch_model.fp16.bin"), is_known("mine.bin")
+        (True, False)
+    """
+    stem = name.partition(".")[0]
+    return stem in STEMS or stem in TORCH_STEMS
+
+
+def sidecars(names: Iterable[str], files: Iterable[str]) -> tuple[str, ...]:
+    """Names of the digests that were recorded beside `files`, sorted.
+
+    Example:
+        >>> sidecars(["m.safetensors", "m.safetensors.digests.json", "n.bin.digests.json"], ["m.safetensors"])
+        ('m.safetensors.digests.json',)
+    """
+    return tuple(sorted({file + SIDECAR for file in files}.intersection(names)))
 
 
 def _grouped(names: Iterable[str], variant: str | None, suffix: str) -> Mapping[tuple[str, str | None], Choice]:
@@ -103,7 +156,7 @@ def _grouped(names: Iterable[str], variant: str | None, suffix: str) -> Mapping[
 def _split(body: str, variant: str | None) -> tuple[str, str | None]:
     """Stem and variant. Whether a dot in an unknown name starts a variant, only the caller's wish can tell."""
     stem, dot, kind = body.partition(".")
-    if dot and stem in STEMS:
+    if dot and (stem in STEMS or stem in TORCH_STEMS):
         return stem, kind
     if variant and body.endswith(f".{variant}"):
         return body.removesuffix(f".{variant}"), variant

@@ -1,15 +1,20 @@
 """The JSON files beside the weights, `*.safetensors.index.json` and `config.json`: bytes to records and back."""
 
 import json
-from collections.abc import Callable, Mapping
-from typing import Any
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
 from funcmodel.core.limits import LIMITS, Limits, name_error
-from funcmodel.core.strict_json import parsed
+from funcmodel.core.strict_json import Fail, deeper, parsed
 from funcmodel.errors import CheckpointError, IndexMismatchError, UnsafePathError
-from funcmodel.records.checkpoint import IndexSpec
+from funcmodel.records.checkpoint import FileSpec, IndexSpec
 from funcmodel.records.config import STYLES, Config, Json, JsonStyle, freeze, thaw
 from funcmodel.records.mapping import FrozenMap
+
+_LARGE: Final = 2 << 20  # bytes of JSON that are parsed as they are, and that a larger index may have beside its map
+# Each of the ten letters may stand there as an escape of six.
+_WEIGHT_MAP: Final = re.compile(rb'"(?:weight_map|[\w\\]{11,60})"[ \t\n\r]*+:[ \t\n\r]*+\{')
 
 
 def parse_index(
@@ -37,7 +42,7 @@ def parse_index(
 
     if len(data) > limits.index_bytes:
         raise fail("INDEX_TOO_LARGE", f"{len(data)} bytes, at most {limits.index_bytes} are read")
-    index = parsed(data, fail, depth=limits.json_depth, digits=limits.int_digits)
+    index = _value(data, limits, fail)
     if type(index) is not dict or type(index.get("weight_map")) is not dict or not index["weight_map"]:
         raise fail("INDEX_SHAPE", "expected an object with a weight_map from keys to files that is not empty")
     metadata = index.get("metadata")
@@ -60,6 +65,31 @@ def parse_index(
     return IndexSpec(
         path=path, weight_map=FrozenMap(weight_map), metadata=FrozenMap(_frozen(metadata or {})), nbytes=len(data)
     )
+
+
+def _value(data: bytes, limits: Limits, fail: Fail) -> Any:
+    """The JSON value, without building one whose size only a flawed text could have."""
+    if len(data) <= _LARGE:
+        return parsed(data, fail, depth=limits.json_depth, digits=limits.int_digits)
+    from funcmodel.core.entries import pairs  # here, because most indexes are small
+
+    mark = "weight_map"
+    while mark.encode() in data:
+        mark += "#"
+    for found in _WEIGHT_MAP.finditer(data):
+        start = found.end() - 1
+        stop = pairs(data, start, None, fail)
+        if stop is None or len(data) - (stop - start) > _LARGE:
+            continue
+        rest = b'%b"%b"%b' % (data[:start], mark.encode(), data[stop:])
+        index = parsed(rest, fail, depth=limits.json_depth, digits=limits.int_digits)
+        if type(index) is dict and index.get("weight_map") == mark:
+            index["weight_map"] = {}
+            pairs(data, start, index["weight_map"], fail)
+            return index
+    if deeper(data, limits.json_depth):
+        raise fail("JSON_DEPTH", f"nested deeper than {limits.json_depth} levels")
+    raise fail("INDEX_SHAPE", f"{len(data)} bytes, and no weight_map from keys to files that makes up most of them")
 
 
 def _frozen(fields: Mapping[str, Any]) -> dict[str, Json]:
@@ -181,3 +211,58 @@ def _style(fields: dict[str, Any], text: str) -> JsonStyle:
     lines = text.splitlines()
     indent = len(lines[1]) - len(lines[1].lstrip(" ")) if len(lines) > 1 else 0
     return JsonStyle(indent or None, "\\u" in text, ending)
+
+
+def check_agreement(index: IndexSpec, files: Mapping[str, FileSpec]) -> None:
+    """Refuse an index whose keys do not stand in the shards that it names, or that does not name all that stands there.
+
+    Args:
+        index: the index.
+        files: its shards, by the names that it gives them.
+
+    Raises:
+        IndexMismatchError: code "KEY_IN_TWO_SHARDS", "KEY_NOT_AS_INDEXED" or "INDEXED_KEY_MISSING"; `keys` names them.
+
+    Example:
+        >>> check_agreement(IndexSpec(path="i", weight_map={"w": "a"}), {})
+        Traceback (most recent call last):
+        ...
+        funcmodel.errors.IndexMismatchError: i: 'w' in the index and in no shard (1 keys indexed, 0 found); \
+index and shards belong to different saves, or the index is wrong
+    """
+    where = index.weight_map
+    if sum(len(file.tensors) for file in files.values()) != len(where) or not all(
+        where.get(name) == shard for shard, file in files.items() for name in file.tensors
+    ):
+        raise _disagreement(index, files)
+
+
+def _disagreement(index: IndexSpec, files: Mapping[str, FileSpec]) -> IndexMismatchError:
+    held: dict[str, list[str]] = {}
+    for shard, file in files.items():
+        for name in file.tensors:
+            held.setdefault(name, []).append(shard)
+    twice = tuple(key for key, shards in held.items() if len(shards) > 1)
+    ghosts = tuple(key for key in index.weight_map if key not in held)
+    astray = tuple(key for key, shards in held.items() if index.weight_map.get(key) not in shards)
+    code, keys, what = (
+        ("KEY_IN_TWO_SHARDS", twice, "in more than one shard")
+        if twice
+        else ("KEY_NOT_AS_INDEXED", astray, "in another shard than the index says, or not in the index")
+        if astray
+        else ("INDEXED_KEY_MISSING", ghosts, "in the index and in no shard")
+    )
+    return IndexMismatchError(
+        f"{index.path}: {_shown(keys)} {what} ({len(index.weight_map)} keys indexed, {len(held)} found); "
+        "index and shards belong to different saves, or the index is wrong",
+        code=code,
+        path=index.path,
+        key=keys[0],
+        keys=keys,
+        files=tuple(held.get(keys[0], ())),
+    )
+
+
+def _shown(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name[:120]) for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -1,6 +1,7 @@
 """JSON read strictly: no duplicate names, no endless numbers, no bottomless nesting, no bytes that are not UTF-8."""
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any, Final, Literal, NoReturn
 
@@ -11,6 +12,7 @@ Fail = Callable[[str, str], CheckpointError]
 
 _ALL: Final = bytes(range(256))
 _NOT_STRUCTURE: Final = bytes(b for b in _ALL if b not in b'[]{}"')
+_STRING_OR_BRACKET: Final = re.compile(rb'[\[{][^\[\]{}"]*+[\]}]|[\[\]{}]|"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _BRACES_AS_BRACKETS: Final = bytes.maketrans(b"{}", b"[]")
 _DIGITS_ALIKE: Final = bytes(ord("0") if b in b"0123456789" else ord(" ") for b in _ALL)
 
@@ -39,7 +41,6 @@ def parsed(
     digits: int = 20,
     nonfinite: Literal["refuse", "keep"] = "refuse",
     surrogates: Literal["refuse", "keep"] = "refuse",
-    pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None,
 ) -> Any:
     r"""The value of a JSON text.
 
@@ -50,7 +51,6 @@ def parsed(
         digits: most digits of an integer.
         nonfinite: whether NaN and Infinity, which are no JSON but which Python writes, are values.
         surrogates: whether escapes such as "\ud800", which stand for no character, are text.
-        pairs_hook: makes a value of an object's pairs; it must call `distinct`. None makes dicts.
 
     Raises:
         CheckpointError: what `fail` makes of "BAD_UTF8", "BAD_JSON", "JSON_DEPTH", "INT_TOO_LONG", "DUPLICATE_KEY" or
@@ -83,7 +83,7 @@ def parsed(
     try:
         value = json.loads(
             text,
-            object_pairs_hook=pairs_hook or pairs,
+            object_pairs_hook=pairs,
             parse_int=int if plain else integer,
             parse_constant=constant,
         )
@@ -132,15 +132,16 @@ def _refuse_surrogates(value: Any, fail: Fail) -> None:
 def depth_exceeds(data: bytes, depth: int) -> bool:
     """Whether brackets outside strings nest deeper than `depth`, found without parsing.
 
-    Exact where brackets are balanced; where they are not, nesting of at most twice `depth` may pass.
+    Counts up to the first bracket that closes nothing, where a parser stops too.
 
     Example:
         >>> depth_exceeds(b'{"a": [[]]}', 3), depth_exceeds(b'{"a": [[]]}', 2), depth_exceeds(b'"[[["', 0)
         (False, True, False)
     """
-    if b"\\" in data:  # an escaped quote ends no string
-        data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
-    marks = data.translate(_BRACES_AS_BRACKETS, _NOT_STRUCTURE)
+    plain = data
+    if b"\\" in plain:  # an escaped quote ends no string
+        plain = plain.replace(b"\\\\", b"").replace(b'\\"', b"")
+    marks = plain.translate(_BRACES_AS_BRACKETS, _NOT_STRUCTURE)
     brackets = marks.replace(b'""', b"")
     if b'"' in brackets:  # some string holds brackets
         brackets = b"".join(marks.split(b'"')[::2])
@@ -148,4 +149,27 @@ def depth_exceeds(data: bytes, depth: int) -> bool:
         if not brackets:
             return False
         brackets = brackets.replace(b"[]", b"")  # the innermost pairs; what nests n deep is gone after n rounds
-    return b"[]" in brackets or brackets.count(b"[") > depth
+    return bool(brackets) and deeper(data, depth)
+
+
+def deeper(data: bytes, depth: int, start: int = 0) -> bool:
+    """`depth_exceeds` from byte `start` on, without a copy of the data; slow where there is much to count.
+
+    Example:
+        >>> deeper(b"x[[", 1, 1), deeper(b"[]][[", 1)
+        (True, False)
+    """
+    level = 0
+    for found in _STRING_OR_BRACKET.finditer(data, start):
+        mark = found[0]
+        if mark in (b"[", b"{"):
+            level += 1
+            if level > depth:
+                return True
+        elif mark in (b"]", b"}"):
+            level -= 1
+            if level < 0:
+                return False
+        elif level == depth and mark[0] != 34:  # brackets with none inside them
+            return True
+    return False

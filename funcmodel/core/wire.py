@@ -5,9 +5,8 @@ the start of the data; those in records count from the start of the file.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from hashlib import blake2b
-from math import prod
 from typing import Any, Final
 
 from funcmodel.core.index import parse_config as parse_config
@@ -16,16 +15,17 @@ from funcmodel.core.index import render_config as render_config
 from funcmodel.core.index import render_index as render_index
 from funcmodel.core.limits import LIMITS, name_error
 from funcmodel.core.limits import Limits as Limits
-from funcmodel.core.strict_json import Fail, distinct, parsed
-from funcmodel.errors import CheckpointError, HeaderError, PlanError, TruncatedError
-from funcmodel.records.checkpoint import FileSpec, StoredTensor
-from funcmodel.records.dtypes import FROM_SAFETENSORS
+from funcmodel.errors import PlanError
+from funcmodel.records.checkpoint import FileSpec
 from funcmodel.records.mapping import FrozenMap
 from funcmodel.records.tensors import TensorSpec
 
-LARGEST: Final = 2**63 - 1
-_FIELDS: Final = {"dtype", "shape", "data_offsets"}
 _METADATA: Final = "__metadata__"
+_HEX: Final = frozenset("0123456789abcdef")
+DIGEST: Final = "sha256:"
+"""Starts metadata entries that hold digests. A tensor's name follows; where none does, the digest is the header's."""
+BLANK: Final = "0" * 64
+"""Stands for a digest that is not known yet."""
 
 
 def fingerprint(header: bytes, nbytes: int) -> str:
@@ -60,20 +60,22 @@ def header_length(start: bytes, *, path: str, nbytes: int, limits: Limits = LIMI
         >>> header_length((16).to_bytes(8, "little"), path="m.safetensors", nbytes=100)
         16
     """
+    from funcmodel.core.headers import header_error  # here, because importing funcmodel.load needs no reader
+
     if len(start) < 8 or nbytes < 8:
-        raise _error("TOO_SMALL", path, f"{nbytes} bytes, a safetensors file has at least 10")
+        raise header_error("TOO_SMALL", path, f"{nbytes} bytes, a safetensors file has at least 10")
     n = int.from_bytes(start[:8], "little")
     if n > limits.header_bytes:
-        raise _error(
+        raise header_error(
             "HEADER_TOO_LARGE",
             path,
             f"its first 8 bytes announce a header of {n} bytes, at most {limits.header_bytes} are read",
             do="either it is no safetensors file, or Limits(header_bytes=...) must be raised",
         )
     if n > nbytes - 8:
-        raise _error("HEADER_PAST_EOF", path, f"announces a header of {n} bytes and has {nbytes} bytes in all")
+        raise header_error("HEADER_PAST_EOF", path, f"announces a header of {n} bytes and has {nbytes} bytes in all")
     if not n:
-        raise _error("HEADER_START", path, "an empty header, expected one that starts with '{'")
+        raise header_error("HEADER_START", path, "an empty header, expected one that starts with '{'")
     return n
 
 
@@ -99,182 +101,22 @@ def parse_header(data: bytes, *, path: str = "", nbytes: int | None = None, limi
     Example:
         >>> data, at = render_header({"w": TensorSpec([2, 3], "float32")}, {})
         >>> parse_header(data, path="m.safetensors", nbytes=len(data) + 24).tensors["w"]
-        StoredTensor(spec=[2, 3] float32, start=4096, stop=4120)
+        StoredTensor(spec=[2, 3] float32, start=4096, stop=4120, view=None)
     """
+    from funcmodel.core.headers import read_header, truncated
+
     nbytes = len(data) if nbytes is None else nbytes
     n = header_length(data[:8], path=path, nbytes=nbytes, limits=limits)
     if len(data) < 8 + n:
-        raise _truncated(path, 8 + n, len(data))
+        raise truncated(path, 8 + n, len(data))
     header = data if len(data) == 8 + n else data[: 8 + n]
-    tensors, metadata = _tensors(header, path, nbytes, limits)
+    tensors, metadata = read_header(header, path, nbytes, limits)
     return FileSpec(
         path=path,
         nbytes=nbytes,
         tensors=FrozenMap(tensors),
         metadata=metadata,
         fingerprint=fingerprint(header, nbytes),
-    )
-
-
-def _tensors(
-    header: bytes, path: str, nbytes: int, limits: Limits
-) -> tuple[dict[str, StoredTensor], FrozenMap[str, str]]:
-    """The tensors and the metadata of a header, every rule checked."""
-    if header[8:9] != b"{":
-        raise _error("HEADER_START", path, f"its header starts with {header[8:9]!r}, expected b'{{'")
-    body = header[8:].rstrip(b" ")
-    if not body.endswith(b"}"):
-        raise _error("BAD_JSON", path, "its header is not one JSON object padded with spaces")
-
-    def fail(code: str, found: str) -> CheckpointError:
-        return _error(code, path, f"its header: {found}")
-
-    base = len(header)
-    hook = _entry_reader(base, limits, fail)
-    entries: Any = parsed(body, fail, depth=limits.json_depth, digits=limits.int_digits, pairs_hook=hook)
-    if type(entries) is not dict:  # the header itself looks like a tensor's entry
-        raise _fields_error("dtype", "a name", path)
-    metadata = entries.pop(_METADATA, {})
-    if type(metadata) is not dict or not all(type(v) is str for v in metadata.values()):
-        raise _error("METADATA_TYPE", path, "its __metadata__ is not an object from text to text", key=_METADATA)
-    end, in_order = base, True
-    for name, stored in entries.items():
-        if not (name.isascii() and name.isprintable() and 0 < len(name) <= limits.name_chars):
-            _check_name(name, path, limits)
-        if type(stored) is not StoredTensor:
-            entries[name] = stored = _checked_entry(name, stored, base, path, limits)
-        in_order = in_order and stored.start == end
-        end = stored.stop
-    _check_cover(entries, base, nbytes, path, end if in_order else None)
-    return entries, FrozenMap(metadata)
-
-
-def _entry_reader(base: int, limits: Limits, fail: Fail) -> Callable[[list[tuple[str, Any]]], Any]:
-    """Makes a `StoredTensor` of an entry as it is usually written, at once: no dict or list of it outlives the parser.
-
-    Whatever is unusual or wrong becomes a dict, and is judged where its name is known.
-    """
-    known: dict[tuple[str, ...], tuple[TensorSpec, int] | None] = {}
-
-    def read(pairs: list[tuple[str, Any]]) -> Any:
-        if len(pairs) == 3:
-            (a, kind), (b, shape), (c, offsets) = pairs
-            if a == "dtype" and b == "shape" and c == "data_offsets" and type(shape) is list and type(kind) is str:
-                for size in shape:
-                    if type(size) is not int:
-                        break
-                else:
-                    key = (kind, *shape)
-                    found = known.get(key)
-                    if found is None:
-                        spec = _spec(kind, shape, limits)
-                        found = known[key] = (spec, spec.nbytes) if isinstance(spec, TensorSpec) else None
-                    if found is not None and type(offsets) is list and len(offsets) == 2:
-                        start, stop = offsets
-                        if type(start) is int and type(stop) is int and start >= 0 and stop - start == found[1]:
-                            return StoredTensor(found[0], start + base, stop + base)
-        return distinct(pairs, fail)
-
-    return read
-
-
-def _checked_entry(name: str, entry: Any, base: int, path: str, limits: Limits) -> StoredTensor:
-    """An entry that is not as usually written: its fields stand in another order, or something is wrong."""
-    if type(entry) is not dict or entry.keys() != _FIELDS:
-        raise _fields_error(name, entry, path)
-    kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if type(kind) is not str:
-        raise _error("DTYPE", path, f"tensor {name!r} has the dtype {_short(kind)}, expected a name", key=name)
-    if type(shape) is not list or not all(type(size) is int for size in shape):
-        raise _error("SHAPE", path, f"tensor {name!r} has the shape {_short(shape)}, expected integers", key=name)
-    spec = _spec(kind, shape, limits)
-    if not isinstance(spec, TensorSpec):
-        raise _error(spec[0], path, f"tensor {name!r}: {spec[1]}", key=name)
-    if type(offsets) is not list or len(offsets) != 2 or not all(type(at) is int for at in offsets):
-        raise _offsets_error(name, offsets, path)
-    start, stop = offsets
-    if not 0 <= start <= stop:
-        raise _offsets_error(name, offsets, path)
-    if stop - start != spec.nbytes:
-        what = f"tensor {name!r}, {spec!r}, has {stop - start} bytes, needs {spec.nbytes}"
-        raise _error("SIZE_MISMATCH", path, what, key=name)
-    return StoredTensor(spec, start + base, stop + base)
-
-
-def _spec(kind: str, shape: list[int], limits: Limits) -> TensorSpec | tuple[str, str]:
-    """The spec; or a code and what is wrong."""
-    dtype = FROM_SAFETENSORS.get(kind)
-    if dtype is None:
-        return "DTYPE", f"the dtype {kind[:40]!r} is unknown"
-    if len(shape) > limits.ndim:
-        return "NDIM", f"{len(shape)} dimensions, at most {limits.ndim} are read"
-    if shape and not 0 <= min(shape) <= max(shape) <= LARGEST:
-        return "SHAPE", f"the shape is {_short(shape)}, expected sizes from 0 to 2**63 - 1"
-    if prod(max(size, 1) for size in shape) > LARGEST:
-        return "SHAPE_OVERFLOW", f"the sizes {_short(shape)} multiply beyond 2**63 - 1"
-    spec = TensorSpec(shape, dtype)
-    if dtype.bits % 8 and spec.numel * dtype.bits % 8:
-        return "SUBBYTE_ALIGN", f"{spec.numel} elements of {dtype.bits} bits end inside a byte"
-    return spec
-
-
-def _check_cover(tensors: dict[str, StoredTensor], base: int, nbytes: int, path: str, end: int | None) -> None:
-    """The tensors, sorted by offset, cover the data exactly; `end` is where they end if they were found contiguous."""
-    if end is None:
-        end, last = base, ""
-        for start, stop, name in sorted((t.start, t.stop, name) for name, t in tensors.items()):
-            if start != end:
-                code, what = ("OVERLAP", "overlaps") if start < end else ("HOLE", "leaves a hole after")
-                found = f"tensor {name!r} starts at byte {start} and {what} {last!r}, which ends at byte {end}"
-                raise _error(code, path, found, key=name)
-            end, last = stop, name
-    if end > nbytes:
-        raise _truncated(path, end, nbytes)
-    if end < nbytes:
-        found = f"{nbytes - end} bytes belong to no tensor, the last one ends at byte {end}"
-        raise _error("TRAILING_BYTES", path, found)
-
-
-def _check_name(name: str, path: str, limits: Limits) -> None:
-    found = name_error(name, limits)
-    if found is not None:
-        raise _error(found[0], path, f"tensor {name[:80]!r}: {found[1]}", key=name)
-
-
-# -- errors, built where they are raised so that the loop above stays short ------------------------------------------
-
-
-def _error(
-    code: str, path: str, found: str, *, key: str | None = None, do: str = "it is damaged, so download or save it again"
-) -> HeaderError:
-    return HeaderError(f"{path}: {found}; {do}", code=code, path=path, key=key)
-
-
-def _truncated(path: str, expected: int, found: int) -> TruncatedError:
-    return TruncatedError(
-        f"{path}: has {found} bytes, its header describes {expected}; it was cut off, so download or save it again",
-        code="TRUNCATED",
-        path=path,
-        expected=expected,
-        found=found,
-    )
-
-
-def _short(value: Any) -> str:
-    text = repr(value[:8] if isinstance(value, list) else value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _fields_error(name: str, entry: Any, path: str) -> HeaderError:
-    found = sorted(entry) if isinstance(entry, dict) else entry
-    return _error(
-        "ENTRY_FIELDS", path, f"tensor {name!r} has {_short(found)}, expected exactly {sorted(_FIELDS)}", key=name
-    )
-
-
-def _offsets_error(name: str, offsets: Any, path: str) -> HeaderError:
-    return _error(
-        "OFFSETS", path, f"tensor {name!r} has the data_offsets {_short(offsets)}, expected [start, stop]", key=name
     )
 
 
@@ -341,3 +183,39 @@ def _writable(name: str, spec: TensorSpec, limits: Limits) -> int:
     if found is not None:
         raise PlanError(f"tensor {name[:80]!r} cannot be stored: {found[1]}", keys=(name,), code=found[0])
     return spec.nbytes
+
+
+# -- digests in the metadata -------------------------------------------------------------------------------------------
+
+
+def with_digests(metadata: Mapping[str, str], digests: Mapping[str, str]) -> FrozenMap[str, str]:
+    """Metadata that also records digests.
+
+    Args:
+        metadata: the other entries.
+        digests: name to SHA-256 in hex, or to `BLANK`; the name "" is the header's own.
+
+    Raises:
+        PlanError: the metadata holds such an entry already, which would be taken for a digest.
+
+    Example:
+        >>> dict(with_digests({"format": "pt"}, {"w": "ab" * 32}))["sha256:w"][:8]
+        'abababab'
+    """
+    taken = tuple(name for name in metadata if name.startswith(DIGEST))
+    if taken:
+        raise PlanError(
+            f"the metadata entry {taken[0][:80]!r} looks like a digest; leave it out, digests='sha256' records them",
+            keys=taken,
+        )
+    return FrozenMap({**metadata, **{DIGEST + name: value for name, value in digests.items()}})
+
+
+def is_digest(name: str, value: object) -> bool:
+    """Whether a metadata entry is a digest.
+
+    Example:
+        >>> is_digest("sha256:w", "ab" * 32), is_digest("sha256:w", "other.weight")
+        (True, False)
+    """
+    return name.startswith(DIGEST) and isinstance(value, str) and len(value) == 64 and _HEX.issuperset(value)

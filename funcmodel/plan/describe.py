@@ -17,10 +17,10 @@ from funcmodel.records.devices import Device
 from funcmodel.records.expressions import Expr
 from funcmodel.records.module import ModuleSpec
 from funcmodel.records.plans import LoadPlan, SavePlan, StateDictPlan
-from funcmodel.records.reports import Cost, LoadReport
+from funcmodel.records.reports import Cost, LoadReport, VerifyReport
 from funcmodel.records.tensors import TensorSpec, format_size
 
-Described: TypeAlias = LoadPlan | SavePlan | StateDictPlan | CheckpointSpec | ModuleSpec | Diff
+Described: TypeAlias = LoadPlan | SavePlan | StateDictPlan | CheckpointSpec | ModuleSpec | Diff | VerifyReport
 Shorten: TypeAlias = Callable[[Iterable[str]], tuple[str, ...]]
 _HEADER: Final = 56  # column of the counts in the first line
 _SHARDS: Final = 8
@@ -39,7 +39,7 @@ def describe(of: Described) -> str:
     """A plan or a spec as text, for people: complete, except that long lists are counted at their end.
 
     Args:
-        of: a plan, a checkpoint's or a module's spec, or a `Diff`.
+        of: a plan, a checkpoint's or a module's spec, a `Diff`, or what `verify` found.
 
     Example:
         >>> from funcmodel.records.expressions import FileRef, Read
@@ -65,6 +65,8 @@ def describe(of: Described) -> str:
             return _module(of)
         case Diff():
             return _diff(of)
+        case VerifyReport():
+            return _verified(of)
         case _:
             assert_never(of)
 
@@ -210,6 +212,8 @@ def _save(plan: SavePlan) -> str:
     if len(rows) > _SHARDS:
         more = rows[_SHARDS:]
         rows = [*rows[:_SHARDS], _Row("shard", sum(int(row.amount) for row in more), f"in {len(more)} more files")]
+    hashed = [shard for shard in shards if shard.digests != "none"]
+    rows += [_Row("digest", sum(len(s.entries) for s in hashed), "sha256, in the metadata")] if hashed else []
     for action in plan.actions:
         match action:
             case WriteIndex(file, weight_map):
@@ -266,6 +270,8 @@ def _checkpoint(spec: CheckpointSpec) -> str:
         rows.append(_Row("config", "", spec.config.model_type or "of no named type"))
     if spec.ignored:
         rows.append(_Row("ignored", len(spec.ignored), listed(fold_paths(spec.ignored))))
+    if spec.digests:
+        rows.append(_Row("digests", len(spec.digests), listed(fold_paths(spec.digests))))
     return _table(f"checkpoint {spec.path}", len(specs), sum(s.nbytes for s in specs), rows)
 
 
@@ -306,3 +312,13 @@ def _diff(found: Diff) -> str:
     return _table(
         "difference", len(found.added) + len(found.removed) + len(found.changed) + len(found.moved), None, rows
     )
+
+
+def _verified(found: VerifyReport) -> str:
+    shorten = folder([*found.verified, *found.unrecorded])
+    rows = [
+        *_keys("as recorded", found.verified, shorten=shorten),
+        *_keys("unrecorded", found.unrecorded, "   no digest to compare with", shorten),
+        *([_Row("whole file", len(found.whole), listed(fold_paths(found.whole)))] if found.whole else []),
+    ]
+    return _table(f"verify {found.path}", len(found.verified) + len(found.unrecorded), found.nbytes, rows)

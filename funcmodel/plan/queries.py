@@ -7,7 +7,7 @@ from typing import Literal, assert_never
 from funcmodel.core.index import render_index
 from funcmodel.core.lowering import leaves, reads
 from funcmodel.core.shapes import spec_of
-from funcmodel.core.wire import render_header
+from funcmodel.core.wire import BLANK, render_header, with_digests
 from funcmodel.errors import PlanError
 from funcmodel.records.actions import (
     Assign,
@@ -222,8 +222,10 @@ def _save_cost(actions: Iterable[SaveAction]) -> Cost:
     largest = 0
     for action in actions:
         match action:
-            case WriteShard(file, entries, metadata):
+            case WriteShard(file, entries, metadata, digests):
                 specs = {key: spec_of(expr) for key, expr in entries.items()}
+                if digests != "none":
+                    metadata = with_digests(metadata, dict.fromkeys(("", *specs), BLANK))
                 sizes = [spec.nbytes for spec in specs.values()]
                 written[file] = len(render_header(specs, metadata)[0]) + sum(sizes)
                 exprs += entries.values()

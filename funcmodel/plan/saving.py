@@ -4,14 +4,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import blake2b
 from itertools import chain, count
 from types import MappingProxyType
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, TypeAlias, get_args
 
 from funcmodel.core.index import render_config
 from funcmodel.core.limits import Limits, name_error
 from funcmodel.core.lowering import leaves
 from funcmodel.core.shapes import spec_of
+from funcmodel.core.wire import DIGEST
 from funcmodel.errors import PlanError, TieConflictError
-from funcmodel.plan.sharding import index_name, plan_shards, rivals, single_name
+from funcmodel.plan.sharding import SUFFIX, index_name, plan_shards, rivals, single_name
 from funcmodel.records.actions import Publish, SaveAction, WriteIndex, WriteShard, WriteText
 from funcmodel.records.checkpoint import CheckpointSpec
 from funcmodel.records.config import Config
@@ -23,6 +24,7 @@ from funcmodel.records.plans import SavePlan, ShardPlan, StateDictPlan
 from funcmodel.records.tensors import TensorSpec
 
 Aliases: TypeAlias = Literal["alias", "copy", "raise"]
+Digests: TypeAlias = Literal["none", "sha256"]
 
 # The order in which safetensors 0.8 lays tensors out: wide types first, so that every tensor is aligned to its own
 # width, then by name. Keeping to it makes the data of a file the same bytes, whoever wrote it.
@@ -69,9 +71,11 @@ def plan_save(
     aliases: Aliases = "alias",
     existing: CheckpointSpec | None = None,
     config: Config | None = None,
+    texts: Mapping[str, str] | None = None,
     variant: str | None = None,
     name: str = "model",
     metadata: Mapping[str, str] | None = None,
+    digests: Digests = "none",
 ) -> SavePlan:
     """Plan the files of a checkpoint: shards, index, config, and the one rename that makes them visible.
 
@@ -89,9 +93,12 @@ def plan_save(
         existing: the checkpoint that the folder holds already. Its names are not reused before the commit, and what it
             lists is removed after it, where it is of the same name and variant.
         config: written as `config.json`.
+        texts: more text files beside it, name to content.
         variant: as in `model.fp16.safetensors`.
         name: stem of the file names. With `max_shard_size=None`, `name="weights"` plans exactly `weights.safetensors`.
         metadata: more entries for the header of every file of weights, beside `format`, which is "pt" by default.
+        digests: "sha256" records the SHA-256 of every tensor, and of the header, in the metadata of its file, under
+            "sha256:" and the tensor's name; `verify` and `digest="check"` compare them.
 
     Returns:
         The plan, for `apply` or `run.write.write`.
@@ -99,7 +106,7 @@ def plan_save(
     Raises:
         PlanError: a key or a dtype that the format cannot hold, or aliases under "raise"; `.keys` names them.
         TieConflictError: tied keys with different expressions.
-        ValueError: `max_shard_size` is no size.
+        ValueError: `max_shard_size` is no size, or `digests` no choice.
 
     Example:
         >>> spec = TensorSpec([4], "float32")
@@ -109,6 +116,8 @@ def plan_save(
         >>> plan_save(plan).actions[-1].commit
         'model.safetensors'
     """
+    if digests not in get_args(Digests):
+        raise ValueError(f"digests must be 'none' or 'sha256', found {digests!r}")
     source = dict(source.items())
     specs = {key: spec_of(expr) for key, expr in source.items()}
     _check_storable(specs)
@@ -122,18 +131,32 @@ def plan_save(
         tags=_tags([(key, source[key]) for key in kept], extra),
     )
     files = tuple(shards.files)
-    actions: list[SaveAction] = list(_write_shards(shards, specs, source, extra, dropped))
+    actions: list[SaveAction] = list(_write_shards(shards, specs, source, extra, dropped, digests))
     commit = files[0]
-    texts = () if config is None else (WriteText("config.json", render_config(config)),)
-    actions.extend(texts)
+    companions = _texts(config, texts or {})
+    actions.extend(companions)
     if len(files) > 1:
         commit = index_name(name, variant=variant)
         totals = {"total_parameters": sum(specs[key].numel for key in kept), "total_size": sum(sizes.values())}
         home = FrozenMap({key: file for file, keys in shards.files.items() for key in keys})
         actions.append(WriteIndex(commit, home, FrozenMap({**totals, **dict(sorted(dropped.items()))})))
-    renames = tuple(file for file in (*files, *(text.file for text in texts)) if file != commit)
-    removes = tuple(file for file in _replaced(existing, name, variant) if file not in {commit, *files})
+    renames = tuple(file for file in (*files, *(text.file for text in companions)) if file != commit)
+    replaced = _replaced(existing, name, variant)
+    removes = tuple(file for file in replaced if file not in {commit, *files})
+    # What was recorded about a file that is replaced would be held against the file that replaces it.
+    removes += () if existing is None or not replaced else existing.digests
     return SavePlan((*actions, Publish(renames, commit, removes)))
+
+
+def _texts(config: Config | None, texts: Mapping[str, str]) -> tuple[WriteText, ...]:
+    bad = tuple(name for name in texts if name.startswith(".") or SUFFIX in name or (config and name == "config.json"))
+    if bad:
+        raise PlanError(
+            f"not written as texts: {_listed(bad)}; weights and their index are planned from the source, hidden files "
+            "are the library's, and config.json is given once"
+        )
+    own = {} if config is None else {"config.json": render_config(config)}
+    return tuple(WriteText(name, text) for name, text in {**own, **texts}.items())
 
 
 def _write_shards(
@@ -142,6 +165,7 @@ def _write_shards(
     source: Mapping[str, Expr],
     metadata: Mapping[str, str],
     dropped: Mapping[str, str],
+    digests: Digests,
 ) -> Iterator[WriteShard]:
     """Each file with its entries in the order of their bytes, and with the other names of the tensors it holds."""
     others: dict[str, list[str]] = {}
@@ -151,7 +175,7 @@ def _write_shards(
         laid_out = sorted(keys, key=lambda key: (_RANK[specs[key].dtype], key))
         records = {other: key for key in keys if key in others for other in others[key]} if others else {}
         entries = FrozenMap({key: source[key] for key in laid_out})
-        yield WriteShard(file, entries, FrozenMap(sorted({**metadata, **records}.items())))
+        yield WriteShard(file, entries, FrozenMap(sorted({**metadata, **records}.items())), digests)
 
 
 def _check_storable(specs: Mapping[str, TensorSpec]) -> None:
@@ -184,6 +208,8 @@ def _text(metadata: Mapping[str, str]) -> Mapping[str, str]:
     for key, value in metadata.items():
         if not (isinstance(key, str) and isinstance(value, str)):
             raise PlanError(f"the metadata of a safetensors file is text to text, found {key!r}: {value!r}")
+        if key.startswith(DIGEST):
+            raise PlanError(f"metadata entries that start with {DIGEST!r} are digests, found {key!r}; leave it out")
     return metadata
 
 
@@ -228,7 +254,7 @@ def _dropped(
     if aliases != "alias":
         return {}
     # A name that the metadata needs for itself cannot record an alias; such a key is written as a copy.
-    return {key: _end(leader, key) for key in leader if key not in reserved}
+    return {key: _end(leader, key) for key in leader if key not in reserved and not key.startswith(DIGEST)}
 
 
 def _end(leader: Mapping[str, str], key: str) -> str:

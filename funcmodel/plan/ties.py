@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 
 from funcmodel._toolz import groupby
 from funcmodel.core.templates import match, template
+from funcmodel.core.wire import is_digest
 from funcmodel.errors import PlanError, TieConflictError
 from funcmodel.records.checkpoint import CheckpointSpec
 from funcmodel.records.expressions import Expr
@@ -179,7 +180,7 @@ def recorded(checkpoint: CheckpointSpec) -> tuple[TiedGroup, ...]:
         name: key
         for metadata in (*(file.metadata for file in checkpoint.files), checkpoint.index and checkpoint.index.metadata)
         for name, key in (metadata or {}).items()
-        if name != "format" and isinstance(key, str) and key in held and name not in held
+        if name != "format" and isinstance(key, str) and key in held and name not in held and not is_digest(name, key)
     }
     others = groupby(lambda name: notes[name], notes)
     return tuple(TiedGroup((key, *names)) for key, names in others.items())

@@ -1,6 +1,6 @@
 """Actions: what will *happen* when a plan is applied."""
 
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from attrs import frozen
 
@@ -77,11 +77,17 @@ class Offload:
 
 @frozen
 class WriteShard:
-    """One file of weights, in the order of `entries`."""
+    """One file of weights, in the order of `entries`.
+
+    Attributes:
+        metadata: text to text, for the header.
+        digests: "sha256" records the digest of every tensor, and that of the header, in the metadata.
+    """
 
     file: str
     entries: FrozenMap[str, Expr]
     metadata: FrozenMap[str, str] = FrozenMap()
+    digests: Literal["none", "sha256"] = "none"
 
 
 @frozen

@@ -1,4 +1,4 @@
-"""What is on disk: `StoredTensor`, `FileSpec`, `IndexSpec`, `CheckpointSpec`."""
+"""What is on disk: `StoredTensor`, `StoredView`, `FileSpec`, `IndexSpec`, `CheckpointSpec`."""
 
 from attrs import frozen
 
@@ -8,12 +8,31 @@ from funcmodel.records.tensors import TensorSpec
 
 
 @frozen
+class StoredView:
+    """How a tensor lies in bytes that it shares with others or does not fill in row-major order.
+
+    Attributes:
+        name: the first of the names that share the bytes; expressions read them under this one.
+        offset: of the tensor's first element from the first byte, in elements.
+        strides: distances between neighbors along each axis, in elements.
+    """
+
+    name: str
+    offset: int
+    strides: tuple[int, ...]
+
+
+@frozen
 class StoredTensor:
-    """A tensor in a file; `start` and `stop` are bytes from the start of the *file*, `stop` excluded."""
+    """A tensor in a file; `start` and `stop` are bytes from the start of the *file*, `stop` excluded.
+
+    `view` is None where the tensor alone fills these bytes, in row-major order.
+    """
 
     spec: TensorSpec
     start: int
     stop: int
+    view: StoredView | None = None
 
 
 @frozen(kw_only=True)
@@ -25,7 +44,7 @@ class FileSpec:
         nbytes: size of the file in bytes.
         tensors: name to stored tensor, in file order.
         metadata: the header's `__metadata__`, empty where there is none.
-        fingerprint: BLAKE2b-128 of header bytes and file size, in hex.
+        fingerprint: BLAKE2b-128 of header bytes and file size, in hex; what is the header, the `Format` says.
         format: name of the `Format` that reads it.
     """
 
@@ -58,6 +77,7 @@ class CheckpointSpec:
         variant: as in `model.fp16.safetensors`, or None.
         config: `config.json` of the folder, or None.
         ignored: names of other weight files in the folder that this checkpoint does not list, sorted.
+        digests: names of the files beside its files that `record_digests` wrote, sorted.
     """
 
     path: str
@@ -66,3 +86,4 @@ class CheckpointSpec:
     variant: str | None = None
     config: Config | None = None
     ignored: tuple[str, ...] = ()
+    digests: tuple[str, ...] = ()

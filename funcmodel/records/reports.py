@@ -1,4 +1,4 @@
-"""What was found, and what is allowed: `LoadReport`, `LoadPolicy`, `Waiver`, `Cost`, `Origin`."""
+"""What was found, and what is allowed: `LoadReport`, `LoadPolicy`, `Waiver`, `Cost`, `Origin`, `VerifyReport`."""
 
 from typing import Any, Literal, get_args
 
@@ -168,3 +168,43 @@ class Origin:
 
     kind: OriginKind
     sources: tuple[str, ...] = ()
+
+
+@frozen
+class Damage:
+    """Bytes of a file that are not what is recorded of them.
+
+    Attributes:
+        file: the file.
+        tensor: the tensor; None where it is the header, or the file as a whole.
+        code: "DIGEST" (other bytes), "DIGEST_MISSING" (nothing recorded that they could be compared with),
+            "DIGEST_STALE" (what is recorded is of another file), or what else the format's own check found.
+        expected: what is recorded.
+        found: what the bytes have.
+    """
+
+    file: str
+    tensor: str | None
+    code: str = "DIGEST"
+    expected: str | None = None
+    found: str | None = None
+
+
+@frozen(kw_only=True)
+class VerifyReport:
+    """What `verify` compared, and what it could not; differences are an error and stand in no report.
+
+    Attributes:
+        path: what was verified.
+        verified: tensors whose bytes are those that were recorded, in the order of the files.
+        unrecorded: tensors that nothing is recorded of.
+        whole: files that were compared as a whole: blobs of the Hugging Face cache with their name, archives with the
+            checksums they hold.
+        nbytes: bytes that were hashed.
+    """
+
+    path: str
+    verified: tuple[str, ...] = ()
+    unrecorded: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
+    nbytes: int = 0

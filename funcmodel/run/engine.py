@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from attrs import frozen
 
+from funcmodel.errors import NoMemoryError
 from funcmodel.records.dtypes import DType
-from funcmodel.records.expressions import FileRef, Read
-from funcmodel.run.files import SourceFile
-from funcmodel.run.formats import Format, ReadRange, format_named, open_source
+from funcmodel.records.expressions import Expr, FileRef, Read
+from funcmodel.run.files import Digest, SourceFile
+from funcmodel.run.formats import Format, ReadRange, format_named, open_source, range_reader
 from funcmodel.run.tensors import torch_dtype, torch_shape
 
 Piece: TypeAlias = tuple[int, memoryview]
@@ -32,6 +33,7 @@ ALIGNED: Final = 64
 # Faults on 4 KiB pages cost more than the copy from the page cache; Linux grants 2 MiB pages where it is asked.
 _ADVICE: Final[int | None] = getattr(mmap, "MADV_HUGEPAGE", None)
 _HUGE: Final = 2 << 20
+_HARMLESS: Final = 1 << 30  # less than this is not compared with what the machine has
 _SHARED: Final = (
     *("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"),
     *("float16", "float32", "float64", "complex64", "complex128"),
@@ -65,7 +67,7 @@ def memory(nbytes: int) -> memoryview:
     """Fresh writable memory that starts at a multiple of 64 and lives as long as a view of it does.
 
     Raises:
-        MemoryError: the machine has not so much.
+        NoMemoryError: the machine has not so much.
     """
     if nbytes < SMALL:
         spare = memoryview(bytearray(nbytes + ALIGNED))
@@ -74,10 +76,40 @@ def memory(nbytes: int) -> memoryview:
     try:
         pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
-        raise MemoryError(f"no memory for {nbytes} bytes") from error
+        raise _no_memory(nbytes, None) from error
     if _ADVICE is not None and nbytes >= _HUGE:
         pages.madvise(_ADVICE)
     return memoryview(pages)
+
+
+def require_memory(nbytes: int) -> None:
+    """Refuse what no other program's end could make room for. The system itself may promise it, and kill later.
+
+    Args:
+        nbytes: of all tensors that will be alive at once.
+
+    Raises:
+        NoMemoryError: it is more than the machine has.
+    """
+    if nbytes < _HARMLESS:
+        return
+    try:
+        has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        with open("/proc/meminfo", encoding="ascii") as file:
+            has += sum(int(line.split()[1]) << 10 for line in file if line.startswith("SwapTotal:"))
+    except (OSError, ValueError, AttributeError):
+        return  # this system does not say
+    if nbytes > has:
+        raise _no_memory(nbytes, has)
+
+
+def _no_memory(nbytes: int, has: int | None) -> NoMemoryError:
+    found = "" if has is None else f", the machine has {has}"
+    return NoMemoryError(
+        f"{nbytes} bytes of tensors do not fit into memory{found}; take fewer keys, or stream them",
+        needed=nbytes,
+        available=has,
+    )
 
 
 def tensor_at(where: memoryview, start: int, kind: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
@@ -95,11 +127,23 @@ def tensor_at(where: memoryview, start: int, kind: torch.dtype, shape: tuple[int
 
 
 @contextmanager
-def opened(refs: Iterable[FileRef], formats: tuple[Format, ...]) -> Iterator[dict[FileRef, Source]]:
+def opened(
+    refs: Iterable[FileRef],
+    formats: tuple[Format, ...],
+    exprs: Iterable[Expr] = (),
+    digest: Digest = "ignore",
+) -> Iterator[dict[FileRef, Source]]:
     """Every file, opened and checked against its fingerprint before the first byte is read, closed whatever happens.
+
+    Args:
+        refs: the files.
+        formats: the formats that they may have.
+        exprs: what will be read of them.
+        digest: "check", or a `Hashed`: each tensor of which `exprs` read anything is first compared with its digest.
 
     Raises:
         StalePlanError: a file is not the one that was planned.
+        DigestError: a tensor is not what was recorded, or nothing is recorded of it.
         ChangedError: a file changed before the block ended.
     """
     with ExitStack() as stack:
@@ -108,8 +152,16 @@ def opened(refs: Iterable[FileRef], formats: tuple[Format, ...]) -> Iterator[dic
         for ref in refs:
             if ref not in files:
                 file = files[ref] = stack.enter_context(open_source(ref, formats=formats))
-                read = format_named(ref.format, formats).read
+                read = range_reader(format_named(ref.format, formats), file)
                 sources[ref] = file if read is None else _Decoded(file, read)
+        if len(files) > 1:  # one that was replaced before the next was opened is of another generation
+            for file in files.values():
+                file.verify_named()
+        if digest != "ignore":
+            from funcmodel.run.digests import check_reads
+
+            reads = {ref: (file, sources[ref].readv_into) for ref, file in files.items()}
+            check_reads(exprs, reads, formats, digest)
         yield sources
         for file in files.values():
             file.verify_unchanged()

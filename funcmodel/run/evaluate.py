@@ -28,7 +28,20 @@ from funcmodel.records.expressions import (
 )
 from funcmodel.run.boxes import CHUNK, Box, box_of, chunks, counts, ranges, whole, widened
 from funcmodel.run.checks import LiveTensors, check_destination, check_plan, function, has_call
-from funcmodel.run.engine import SLAB, SMALL, Piece, Source, jobs, memory, opened, perform, read_plain, tensor_at
+from funcmodel.run.engine import (
+    SLAB,
+    SMALL,
+    Piece,
+    Source,
+    jobs,
+    memory,
+    opened,
+    perform,
+    read_plain,
+    require_memory,
+    tensor_at,
+)
+from funcmodel.run.files import Digest
 from funcmodel.run.formats import FORMATS, Format
 from funcmodel.run.moves import constant, move, move_box, part, picked, placed
 from funcmodel.run.tensors import byte_view, tensor_spec, torch_dtype, torch_shape
@@ -40,6 +53,7 @@ def materialize(
     device: str | torch.device | Device = "cpu",
     live: LiveTensors | None = None,
     formats: tuple[Format, ...] = FORMATS,
+    digest: Digest = "ignore",
 ) -> dict[str, torch.Tensor]:
     """The tensors of a plan.
 
@@ -52,6 +66,8 @@ def materialize(
         device: where the tensors go.
         live: the tensors that `Live` leaves name.
         formats: the formats that files may have.
+        digest: "check" first hashes every stored tensor of which the plan reads anything, and compares it with the
+            digest that is recorded of it.
 
     Returns:
         Key to tensor, in plan order.
@@ -60,15 +76,18 @@ def materialize(
         PlanError: torch lacks a dtype that is wanted, a live tensor is missing, or a `Call` cannot be imported.
         StalePlanError: a file or a live tensor is not what was planned.
         ChangedError: a file changed while it was read.
+        DigestError: a stored tensor is not what was recorded, or nothing is recorded of it; `.findings` has them all.
         CheckpointError: a file cannot be read.
+        NoMemoryError: the machine can never hold the result.
     """
     target = _torch_device(device)
     if target.type != "cpu":
-        return dict(stream(plan, device=target, live=live, formats=formats))
+        return dict(stream(plan, device=target, live=live, formats=formats, digest=digest))
+    require_memory(sum(spec_of(expr).nbytes for expr in plan.values()))
     result: dict[str, Any] = dict.fromkeys(plan)
     plain = [(key, expr) for key, expr in plan.items() if type(expr) is Read]
     others = [(key, expr) for key, expr in plan.items() if type(expr) is not Read]
-    with _evaluator(plan, live, formats) as at:
+    with _evaluator(plan, live, formats, digest) as at:
         result.update(read_plain(plain, at.files))
         del plain
         for batch in _batches(others):
@@ -82,6 +101,7 @@ def stream(
     device: str | torch.device | Device = "cpu",
     live: LiveTensors | None = None,
     formats: tuple[Format, ...] = FORMATS,
+    digest: Digest = "ignore",
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a plan, one after the other, in plan order.
 
@@ -94,15 +114,16 @@ def stream(
         device: where the tensors go.
         live: the tensors that `Live` leaves name.
         formats: the formats that files may have.
+        digest: as in `materialize`; everything is compared before the first tensor is made.
 
     Yields:
         Key and tensor, as `materialize` would give it.
 
     Raises:
-        PlanError, StalePlanError, ChangedError, CheckpointError: as `materialize`.
+        PlanError, StalePlanError, ChangedError, DigestError, CheckpointError: as `materialize`.
     """
     target = _torch_device(device)
-    with _evaluator(plan, live, formats) as at:
+    with _evaluator(plan, live, formats, digest) as at:
         for batch in _batches(plan.items()):
             tensors = at.batch(batch)
             for key, _ in batch:
@@ -115,6 +136,7 @@ def fill(
     *,
     live: LiveTensors | None = None,
     formats: tuple[Format, ...] = FORMATS,
+    digest: Digest = "ignore",
 ) -> None:
     """Write the tensors of a plan into existing ones, of any strides and on any device.
 
@@ -126,11 +148,12 @@ def fill(
         destinations: key to the tensor that is overwritten, one for each key of the plan.
         live: the tensors that `Live` leaves name.
         formats: the formats that files may have.
+        digest: as in `materialize`; everything is compared before the first byte is written.
 
     Raises:
         ShapeError: a destination has another shape or dtype than its expression.
         PlanError: a destination is missing, on meta, or expanded; or as `materialize`.
-        StalePlanError, ChangedError, CheckpointError: as `materialize`.
+        StalePlanError, ChangedError, DigestError, CheckpointError: as `materialize`.
     """
     into = {key: check_destination(key, expr, destinations) for key, expr in plan.items()}
     taken = {t.untyped_storage().data_ptr() for t in into.values()}
@@ -139,7 +162,7 @@ def fill(
         for key, t in (live or {}).items()
         if isinstance(t, torch.Tensor)
     }
-    with _evaluator(plan, source, formats) as at:
+    with _evaluator(plan, source, formats, digest) as at:
         early = {key: at.tensor(expr) for key, expr in plan.items() if type(expr) is not Read and has_call(expr)}
         work: dict[FileRef, list[Piece]] = {}
         for key, expr in plan.items():
@@ -158,9 +181,15 @@ def fill(
             torch.autograd.graph.increment_version(tensor)
 
 
-def evaluate(expr: Expr, live: LiveTensors | None = None, *, formats: tuple[Format, ...] = FORMATS) -> torch.Tensor:
+def evaluate(
+    expr: Expr,
+    live: LiveTensors | None = None,
+    *,
+    formats: tuple[Format, ...] = FORMATS,
+    digest: Digest = "ignore",
+) -> torch.Tensor:
     """The tensor that one expression stands for, on the CPU. See `materialize`."""
-    return materialize({"": expr}, live=live, formats=formats)[""]
+    return materialize({"": expr}, live=live, formats=formats, digest=digest)[""]
 
 
 # -- before the first byte ---------------------------------------------------------------------------------------------
@@ -168,12 +197,12 @@ def evaluate(expr: Expr, live: LiveTensors | None = None, *, formats: tuple[Form
 
 @contextmanager
 def _evaluator(
-    plan: Mapping[str, Expr], live: LiveTensors | None, formats: tuple[Format, ...]
+    plan: Mapping[str, Expr], live: LiveTensors | None, formats: tuple[Format, ...], digest: Digest
 ) -> "Iterator[_Evaluator]":
     """Check everything that can be checked without reading, open every file, and check them again at the end."""
     given = live or {}
     refs = check_plan(plan, given)
-    with opened(refs, formats) as files:
+    with opened(refs, formats, plan.values(), digest) as files:
         yield _Evaluator(files, given)
 
 

@@ -3,18 +3,37 @@
 import errno
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+from io import BytesIO
 from types import TracebackType
-from typing import Final, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 from attrs import define, field
 
-from funcmodel.errors import ChangedError, CheckpointError, UnsafePathError
+from funcmodel.errors import ChangedError, CheckpointError, StalePlanError, UnsafePathError
 
 # O_NONBLOCK: opening a FIFO must not wait for a writer. It has no effect on regular files.
-_FLAGS: Final = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+READ: Final = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _MOST_BUFFERS: Final = 1024  # IOV_MAX of Linux and macOS
+_CHUNK: Final = 1 << 20
+_MOST_HASHED: Final = 1 << 30  # a header may announce anything
 Identity: TypeAlias = tuple[int, int, int, int]
+
+
+@define(eq=False)
+class Hashed:
+    """What was hashed and found to be as recorded: several calls that share one hash each tensor once.
+
+    Attributes:
+        sound: the identity of an open file, and name, first byte and size of what is stored in it.
+    """
+
+    sound: set[tuple[Identity, str, int, int]] = field(factory=set)
+
+
+Digest: TypeAlias = Literal["ignore", "check"] | Hashed
+"""Whether stored tensors are compared with their recorded digests before they are read."""
 
 
 @define(eq=False)
@@ -72,9 +91,13 @@ class SourceFile:
             ChangedError: the file ends earlier than it did when it was opened.
             CheckpointError: the system cannot read it; code "READ".
         """
-        buffer = bytearray(stop - start)
-        self.read_into(memoryview(buffer), start)
-        return bytes(buffer)
+        buffer = BytesIO()
+        if stop > start:
+            buffer.seek(stop - start - 1)
+            buffer.write(b"\0")
+            with buffer.getbuffer() as view:
+                self.read_into(view, start)
+        return buffer.getvalue()  # hands its memory over, where a bytearray would be copied
 
     def _readv(self, buffers: list[memoryview], offset: int) -> int:
         try:
@@ -112,6 +135,24 @@ class SourceFile:
                 found=now,
             )
 
+    def verify_named(self) -> None:
+        """Compare the open file with what its name leads to now.
+
+        Raises:
+            StalePlanError: it was replaced or removed since it was opened.
+        """
+        try:
+            now = os.stat(self.path)
+        except OSError:
+            now = None
+        if now is None or (now.st_dev, now.st_ino) != self.identity[:2]:
+            raise StalePlanError(
+                f"{self.path}: was replaced while the files of its checkpoint were opened; scan and plan again",
+                path=self.path,
+                expected=self.identity[:2],
+                found=None if now is None else (now.st_dev, now.st_ino),
+            )
+
     def close(self) -> None:
         """Close the descriptor. A second call does nothing."""
         if not self.closed:
@@ -145,7 +186,7 @@ def open_regular(path: str | os.PathLike[str], *, root: str | os.PathLike[str] |
     """
     name = os.fspath(path)
     try:
-        fd = os.open(name, _FLAGS)
+        fd = os.open(name, READ)
     except OSError as error:
         if error.errno == errno.ENXIO:  # a socket, or a FIFO where the flag is not honored
             raise _irregular(name) from error
@@ -212,3 +253,22 @@ def _blob_folders(root: str) -> tuple[str, ...]:
         for i, part in enumerate(parts)
         if part == "snapshots" and i > 1 and len(parts) > i + 1
     )
+
+
+def prefix_fingerprint(read: Callable[[int, int], bytes], nbytes: int) -> str:
+    """BLAKE2b-128 of a file's size and of as many first bytes as its first eight announce, at most 1 GiB, in hex.
+
+    That is the header of a safetensors file, and the whole of a text.
+
+    Args:
+        read: the bytes from one offset to another.
+        nbytes: size of the file in bytes.
+    """
+    digest = blake2b(digest_size=16)
+    start = read(0, min(8, nbytes))
+    stop = min(8 + int.from_bytes(start, "little"), nbytes, _MOST_HASHED)
+    digest.update(start)
+    for at in range(8, stop, _CHUNK):
+        digest.update(read(at, min(at + _CHUNK, stop)))
+    digest.update(nbytes.to_bytes(8, "little"))
+    return digest.hexdigest()

@@ -2,10 +2,9 @@
 
 import os
 from collections.abc import Callable, Mapping
-from hashlib import blake2b
 from typing import Final, TypeAlias
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from funcmodel.core.limits import LIMITS
 from funcmodel.core.wire import Limits, header_length, parse_header, render_header
@@ -13,7 +12,7 @@ from funcmodel.errors import CheckpointError, StalePlanError, UnknownFormatError
 from funcmodel.records.checkpoint import FileSpec
 from funcmodel.records.expressions import FileRef
 from funcmodel.records.tensors import TensorSpec
-from funcmodel.run.files import SourceFile, open_regular
+from funcmodel.run.files import SourceFile, open_regular, prefix_fingerprint
 
 Scan: TypeAlias = Callable[[SourceFile, Limits], FileSpec]
 """An open file to its record. It reads as little as it can and trusts nothing."""
@@ -21,10 +20,11 @@ Scan: TypeAlias = Callable[[SourceFile, Limits], FileSpec]
 ReadRange: TypeAlias = Callable[[SourceFile, memoryview, int], None]
 """Fills the buffer with the tensor bytes that a `Read` finds at the given offset."""
 
+Decode: TypeAlias = Callable[[SourceFile], ReadRange]
+"""Takes in an open file, once, and gives the `ReadRange` that serves it."""
+
 WriteHeader: TypeAlias = Callable[[Mapping[str, TensorSpec], Mapping[str, str]], tuple[bytes, Mapping[str, int]]]
 """Specs in file order and metadata to the file's first bytes and each tensor's absolute offset."""
-
-_CHUNK: Final = 1 << 20
 
 
 @frozen(kw_only=True)
@@ -36,16 +36,23 @@ class Format:
         suffix: how its file names end, with the dot.
         scan: an open file to its `FileSpec`, whose `path` is the file's and whose `format` is `name`.
         read: fills a buffer with stored bytes; None where bytes stand in the file as the tensor holds them.
+        decode: makes the `read` of one open file, where that takes more than the range; called once per file that a
+            plan reads, before the first byte of any.
         write: makes the first bytes of a file; None where the format is only read.
         fingerprint: the `FileSpec.fingerprint` alone, where that is cheaper than `scan`.
+        at: the format of the same files that scans the dict under these keys; None where files hold one flat dict.
+        verify: compares the whole file with checksums that the format itself holds, or raises; None where it has none.
     """
 
     name: str
     suffix: str
     scan: Scan
     read: ReadRange | None = None
+    decode: Decode | None = None
     write: WriteHeader | None = None
     fingerprint: Callable[[SourceFile], str] | None = None
+    at: "Callable[[tuple[str, ...]], Format] | None" = None
+    verify: Callable[[SourceFile], None] | None = None
 
 
 def scan_safetensors(file: SourceFile, limits: Limits = LIMITS) -> FileSpec:
@@ -62,14 +69,7 @@ def scan_safetensors(file: SourceFile, limits: Limits = LIMITS) -> FileSpec:
 
 def safetensors_fingerprint(file: SourceFile) -> str:
     """The fingerprint of an open safetensors file, without parsing it; of any file, however damaged."""
-    digest = blake2b(digest_size=16)
-    start = file.read(0, min(8, file.nbytes))
-    stop = min(8 + int.from_bytes(start, "little"), file.nbytes)
-    digest.update(start)
-    for at in range(8, stop, _CHUNK):
-        digest.update(file.read(at, min(at + _CHUNK, stop)))
-    digest.update(file.nbytes.to_bytes(8, "little"))
-    return digest.hexdigest()
+    return prefix_fingerprint(file.read, file.nbytes)
 
 
 SAFETENSORS: Final = Format(
@@ -80,7 +80,78 @@ SAFETENSORS: Final = Format(
     fingerprint=safetensors_fingerprint,
 )
 
-FORMATS: Final[tuple[Format, ...]] = (SAFETENSORS,)
+
+# -- files of torch.save: their reader is imported when the first of them is opened ------------------------------------
+
+
+@frozen
+class _TorchZipScan:
+    """A `Scan`, as a value."""
+
+    at: tuple[str, ...] = ()
+    inert: tuple[str, ...] = ()
+
+    def __call__(self, file: SourceFile, limits: Limits) -> FileSpec:
+        from funcmodel.run.torch_zip import scan_torch_zip
+
+        return scan_torch_zip(file, limits, self.at, self.inert)
+
+
+@frozen
+class _TorchZipAt:
+    """`Format.at` of a torch zip, as a value."""
+
+    suffix: str
+    inert: tuple[str, ...]
+
+    def __call__(self, at: tuple[str, ...]) -> Format:
+        return evolve(torch_zip(self.suffix, inert=self.inert), scan=_TorchZipScan(at, self.inert))
+
+
+def _torch_zip_fingerprint(file: SourceFile) -> str:
+    from funcmodel.run.torch_zip import torch_zip_fingerprint
+
+    return torch_zip_fingerprint(file, LIMITS)
+
+
+def _check_torch_zip(file: SourceFile) -> None:
+    from funcmodel.run.torch_zip import check_torch_zip
+
+    check_torch_zip(file, LIMITS)
+
+
+def torch_zip(suffix: str = ".bin", *, inert: tuple[str, ...] = ()) -> Format:
+    """The format of the zip files that `torch.save` writes, read without torch.load and without running anything.
+
+    `FORMATS` has it for `.bin`, `.pt` and `.pth`; make one for another suffix and pass it in `formats`.
+
+    Args:
+        suffix: how the file names end, with the dot.
+        inert: further module-level names ("module.name") that the pickle may mention beside the state dict, such as a
+            class of the training script. They are read past: neither imported nor called.
+
+    Returns:
+        The format, only for reading.
+
+    Example:
+        >>> torch_zip(".pth.tar").suffix
+        '.pth.tar'
+    """
+    return Format(
+        name="torch_zip",
+        suffix=suffix,
+        scan=_TorchZipScan(inert=inert),
+        fingerprint=_torch_zip_fingerprint,
+        at=_TorchZipAt(suffix, inert),
+        verify=_check_torch_zip,
+    )
+
+
+TORCH_BIN: Final = torch_zip(".bin")
+TORCH_PT: Final = torch_zip(".pt")
+TORCH_PTH: Final = torch_zip(".pth")
+
+FORMATS: Final[tuple[Format, ...]] = (SAFETENSORS, TORCH_BIN, TORCH_PT, TORCH_PTH)
 
 
 def format_of(path: str | os.PathLike[str], formats: tuple[Format, ...] = FORMATS) -> Format:
@@ -118,6 +189,15 @@ def format_named(name: str, formats: tuple[Format, ...] = FORMATS, *, path: str 
     )
 
 
+def range_reader(format_: Format, file: SourceFile) -> ReadRange | None:
+    """What reads ranges of one open file; None where the bytes stand in it as tensors hold them.
+
+    Raises:
+        CheckpointError: the file cannot be decoded.
+    """
+    return format_.read if format_.decode is None else format_.decode(file)
+
+
 def open_source(ref: FileRef, *, formats: tuple[Format, ...] = FORMATS) -> SourceFile:
     """Open a planned file, if it still is the file that was planned.
 
@@ -153,9 +233,9 @@ def open_source(ref: FileRef, *, formats: tuple[Format, ...] = FORMATS) -> Sourc
 
 
 def _fingerprint(format_: Format, file: SourceFile, ref: FileRef) -> str:
-    if format_.fingerprint is not None:
-        return format_.fingerprint(file)
     try:
+        if format_.fingerprint is not None:
+            return format_.fingerprint(file)
         return format_.scan(file, LIMITS).fingerprint
     except CheckpointError as error:
         raise _stale(ref, "can no longer be read", ref.fingerprint, None) from error

@@ -1,31 +1,36 @@
 """From a path to headers to a `CheckpointSpec` to a `StateDictPlan`; nothing but headers and JSON is read."""
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import Literal, TypeAlias
+from collections.abc import Container, Mapping, Sequence
+from typing import Final, Literal, TypeAlias
 
 from attrs import evolve, frozen
 
-from funcmodel.core.folder import choose, leftovers
-from funcmodel.core.index import parse_config, parse_index
+from funcmodel.core.folder import choose, is_companion, is_known, leftovers, sidecars
+from funcmodel.core.index import check_agreement, parse_config, parse_index
 from funcmodel.core.limits import LIMITS, Limits
 from funcmodel.errors import (
     AmbiguousCheckpointError,
+    ChangedError,
     CheckpointError,
     IndexMismatchError,
     UnknownFormatError,
     UnsafePathError,
 )
-from funcmodel.records.checkpoint import CheckpointSpec, FileSpec, IndexSpec
+from funcmodel.records.checkpoint import CheckpointSpec, FileSpec, IndexSpec, StoredTensor
 from funcmodel.records.expressions import Expr, FileRef, Read
 from funcmodel.records.mapping import FrozenMap
 from funcmodel.records.plans import StateDictPlan
+from funcmodel.run.existing import listing, stands_in
 from funcmodel.run.files import open_regular
 from funcmodel.run.formats import FORMATS, Format, format_of
 
 Path: TypeAlias = str | os.PathLike[str]
 Which: TypeAlias = Literal["single", "index"]
 Symlinks: TypeAlias = Literal["contained", "follow"]
+
+_CONFIG: Final = "config.json"
+_LOOKS: Final = 100  # how often a folder is looked at anew that others write to
 
 
 def scan(
@@ -35,6 +40,7 @@ def scan(
     subfolder: str | None = None,
     formats: tuple[Format, ...] = FORMATS,
     which: Which | None = None,
+    key: str | Sequence[str] | None = None,
     limits: Limits = LIMITS,
     symlinks: Symlinks = "contained",
 ) -> StateDictPlan:
@@ -46,6 +52,8 @@ def scan(
         subfolder: a folder below `path`.
         formats: the formats to choose from, the preferred one first.
         which: "single" or "index", for a folder that holds both a single file and an index.
+        key: what leads to the state dict in each file, for files of `torch.save` that hold more: "model", or
+            ("model", "state_dict") for a dict in a dict.
         limits: what is accepted.
         symlinks: links that lead out of the folder are refused, except those within the Hugging Face cache
             ("contained"), or followed because the caller trusts them ("follow").
@@ -65,7 +73,7 @@ def scan(
         >>> plan["w"].spec
         [2, 3] float32
     """
-    job = _Job(variant=variant, formats=formats, which=which, limits=limits, symlinks=symlinks)
+    job = _Job(variant=variant, formats=formats, which=which, limits=limits, symlinks=symlinks, key=_key(key))
     entries: dict[str, Expr] = {}
     for one in (path,) if isinstance(path, str | os.PathLike) else path:
         reads = plan_of(_checkpoint(_joined(one, subfolder), job)).entries
@@ -82,6 +90,7 @@ def scan_checkpoint(
     subfolder: str | None = None,
     formats: tuple[Format, ...] = FORMATS,
     which: Which | None = None,
+    key: str | Sequence[str] | None = None,
     limits: Limits = LIMITS,
     symlinks: Symlinks = "contained",
 ) -> CheckpointSpec:
@@ -101,13 +110,8 @@ def scan_checkpoint(
         >>> checkpoint.files[0].tensors["w"].spec, checkpoint.index, checkpoint.config
         ([2, 3] float32, None, None)
     """
-    job = _Job(variant=variant, formats=formats, which=which, limits=limits, symlinks=symlinks)
-    where = _joined(path, subfolder)
-    found = _checkpoint(where, job)
-    file = os.path.join(where, "config.json")
-    if not os.path.isdir(where) or not os.path.lexists(file):
-        return found
-    return evolve(found, config=parse_config(_text(file, job.root(where), job), path=file))
+    job = _Job(variant=variant, formats=formats, which=which, limits=limits, symlinks=symlinks, key=_key(key))
+    return _checkpoint(_joined(path, subfolder), job, config=True)
 
 
 def plan_of(checkpoint: CheckpointSpec) -> StateDictPlan:
@@ -121,8 +125,14 @@ def plan_of(checkpoint: CheckpointSpec) -> StateDictPlan:
     for file in checkpoint.files:
         ref = FileRef(file.path, file.format, file.nbytes, file.fingerprint)
         for name, stored in file.tensors.items():
-            entries[name] = Read(ref, name, stored.spec, stored.start)
+            entries[name] = Read(ref, name, stored.spec, stored.start) if stored.view is None else _viewed(ref, stored)
     return StateDictPlan(FrozenMap(entries))
+
+
+def _viewed(file: FileRef, stored: StoredTensor) -> Expr:
+    from funcmodel.core.strided import viewed  # few checkpoints need it
+
+    return viewed(file, stored)
 
 
 @frozen(kw_only=True)
@@ -134,9 +144,14 @@ class _Job:
     which: Which | None
     limits: Limits
     symlinks: Symlinks
+    key: tuple[str, ...]
 
     def root(self, folder: str) -> str | None:
         return folder if self.symlinks == "contained" else None
+
+
+def _key(key: str | Sequence[str] | None) -> tuple[str, ...]:
+    return () if key is None else (key,) if isinstance(key, str) else tuple(key)
 
 
 def _joined(path: Path, subfolder: str | None) -> str:
@@ -152,21 +167,59 @@ def _joined(path: Path, subfolder: str | None) -> str:
     return os.path.join(where, subfolder)
 
 
-def _checkpoint(where: str, job: _Job) -> CheckpointSpec:
-    try:
-        names = os.listdir(where)
-    except NotADirectoryError:
-        return _file(where, job)
-    except FileNotFoundError as error:
-        raise _unlisted(where, "does not exist; check the path") from error
-    except (OSError, ValueError) as error:
-        raise _unlisted(where, f"cannot be opened ({error}); check the path") from error
+def _checkpoint(where: str, job: _Job, *, config: bool = False) -> CheckpointSpec:
+    """The checkpoint at a path, of one generation even while others save into the folder.
+
+    What is read after the names were listed must still be there under the same name when the last file has been read;
+    and a finding about a folder that changed meanwhile is none. Either is reason to look again.
+    """
+    for attempt in range(_LOOKS):
+        names = listing(where)
+        if names is None:
+            return _file(where, job)
+        try:
+            found = _look(where, names, job, config=config)
+        except (CheckpointError, ChangedError):
+            if attempt + 1 < _LOOKS and listing(where) != names:
+                continue
+            raise
+        if found.index is None and not config:
+            return found
+        after = listing(where) or {}
+        used = (*([] if found.index is None else [os.path.basename(found.index.path)]), _CONFIG)
+        if all(names.get(name) == after.get(name) for name in used):
+            return found
+    raise ChangedError(f"{where}: changes faster than it can be read; read it again when its writers rest", path=where)
+
+
+def _look(where: str, there: Mapping[str, tuple[int, ...]], job: _Job, *, config: bool) -> CheckpointSpec:
+    stands = stands_in(where, there)
+    names = [name for name in there if name not in stands.hidden]
+    found = _chosen(where, names, job, decided=stands.decided)
+    if stands.hidden:
+        found = evolve(found, ignored=leftovers((*found.ignored, *stands.hidden), ()))
+    if not config or (_CONFIG not in names and _CONFIG not in stands.pending):
+        return found
+    path = os.path.join(where, stands.pending.get(_CONFIG, _CONFIG))
+    return evolve(found, config=parse_config(_text(path, job.root(where), job), path=os.path.join(where, _CONFIG)))
+
+
+def _chosen(where: str, names: Sequence[str], job: _Job, *, decided: Container[str]) -> CheckpointSpec:
+    """The checkpoint among the names of a folder.
+
+    Args:
+        where: the folder.
+        names: what lies in it.
+        job: the options.
+        decided: names that a journal has decided about. A single file among them that is still there beside an index
+            counts.
+    """
     for format_ in job.formats:
         choice = choose(names, folder=where, variant=job.variant, suffix=format_.suffix)
         if choice is None:
             continue
         single = choice.single if job.which != "index" else None
-        indexes = choice.indexes if job.which != "single" else ()
+        indexes = choice.indexes if job.which != "single" and single not in decided else ()
         if len(indexes) > 1:
             raise _ambiguous(where, indexes)
         index = _index(os.path.join(where, indexes[0]), job.root(where), format_, job) if indexes else None
@@ -175,10 +228,22 @@ def _checkpoint(where: str, job: _Job) -> CheckpointSpec:
         if index is not None:
             return _sharded(where, where, index, names, format_, job)
         if single is not None:
+            rivals = _rivals(single, names, format_, job)
+            if rivals:
+                raise _ambiguous(where, (single, *rivals), do="pass the file instead of the folder")
             spec = _header(os.path.join(where, single), job.root(where), format_, job)
             ignored = leftovers(names, (single,))
-            return CheckpointSpec(path=where, files=(spec,), variant=job.variant, ignored=ignored)
+            beside = sidecars(names, (single,))
+            return CheckpointSpec(path=where, files=(spec,), variant=job.variant, ignored=ignored, digests=beside)
     raise _nothing(where, names, job)
+
+
+def _rivals(single: str, names: Sequence[str], format_: Format, job: _Job) -> tuple[str, ...]:
+    """Files of the same format under other suffixes, where no name says which file holds the weights."""
+    if is_known(single):
+        return ()
+    suffixes = tuple(f.suffix for f in job.formats if f.name == format_.name and f.suffix != format_.suffix)
+    return tuple(sorted(n for n in names if n.endswith(suffixes) and not is_companion(n)))
 
 
 def _file(path: str, job: _Job) -> CheckpointSpec:
@@ -194,6 +259,10 @@ def _file(path: str, job: _Job) -> CheckpointSpec:
 
 
 def _header(path: str, root: str | None, format_: Format, job: _Job) -> FileSpec:
+    if job.key:
+        if format_.at is None:
+            raise _flat(path, format_, job.key)
+        format_ = format_.at(job.key)
     with open_regular(path, root=root) as file:
         return format_.scan(file, job.limits)
 
@@ -227,46 +296,27 @@ def _sharded(
             if isinstance(error.__cause__, FileNotFoundError):
                 raise _missing(path, shard, index) from error
             raise
-    if not _agree(index, files):
-        raise _disagreement(index, files)
+    check_agreement(index, files)
     ignored = leftovers(names, (*shards, os.path.basename(index.path)))
-    return CheckpointSpec(path=where, files=tuple(files.values()), index=index, variant=job.variant, ignored=ignored)
-
-
-def _agree(index: IndexSpec, files: Mapping[str, FileSpec]) -> bool:
-    """Whether each key of the index stands in the header of its shard, and each name of a header in the index."""
-    where = index.weight_map
-    if sum(len(file.tensors) for file in files.values()) != len(where):
-        return False
-    return all(where.get(name) == shard for shard, file in files.items() for name in file.tensors)
+    return CheckpointSpec(
+        path=where,
+        files=tuple(files.values()),
+        index=index,
+        variant=job.variant,
+        ignored=ignored,
+        digests=sidecars(names, shards),
+    )
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 
-def _disagreement(index: IndexSpec, files: Mapping[str, FileSpec]) -> IndexMismatchError:
-    held: dict[str, list[str]] = {}
-    for shard, file in files.items():
-        for name in file.tensors:
-            held.setdefault(name, []).append(shard)
-    twice = tuple(key for key, shards in held.items() if len(shards) > 1)
-    ghosts = tuple(key for key in index.weight_map if key not in held)
-    astray = tuple(key for key, shards in held.items() if index.weight_map.get(key) not in shards)
-    code, keys, what = (
-        ("KEY_IN_TWO_SHARDS", twice, "in more than one shard")
-        if twice
-        else ("KEY_NOT_AS_INDEXED", astray, "in another shard than the index says, or not in the index")
-        if astray
-        else ("INDEXED_KEY_MISSING", ghosts, "in the index and in no shard")
-    )
-    return IndexMismatchError(
-        f"{index.path}: {_some(keys)} {what} ({len(index.weight_map)} keys indexed, {len(held)} found); "
-        "index and shards belong to different saves, or the index is wrong",
-        code=code,
-        path=index.path,
-        key=keys[0],
-        keys=keys,
-        files=tuple(held.get(keys[0], ())),
+def _flat(path: str, format_: Format, key: tuple[str, ...]) -> UnknownFormatError:
+    return UnknownFormatError(
+        f"{path}: key={key!r} names a dict in the file, and {format_.name} files hold none; leave it out",
+        code="KEY_OF_FLAT_FORMAT",
+        path=path,
+        key=key,
     )
 
 
@@ -295,10 +345,11 @@ def _shared(entries: Mapping[str, Expr], reads: Mapping[str, Expr]) -> Ambiguous
     )
 
 
-def _ambiguous(folder: str, candidates: tuple[str, ...]) -> AmbiguousCheckpointError:
+def _ambiguous(
+    folder: str, candidates: tuple[str, ...], *, do: str = "remove it, or pass which='single' or which='index'"
+) -> AmbiguousCheckpointError:
     return AmbiguousCheckpointError(
-        f"{folder}: holds {' and '.join(candidates)}, of which one is a leftover; remove it, "
-        "or pass which='single' or which='index'",
+        f"{folder}: holds {' and '.join(candidates)}, of which one is a leftover or no weights; {do}",
         code="AMBIGUOUS",
         path=folder,
         candidates=candidates,
@@ -316,10 +367,6 @@ def _nothing(folder: str, names: Sequence[str], job: _Job) -> UnknownFormatError
         path=folder,
         candidates=others,
     )
-
-
-def _unlisted(where: str, what: str) -> CheckpointError:
-    return CheckpointError(f"{where}: {what}", code="OPEN", path=where)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -1,66 +1,56 @@
-"""A folder's next checkpoint: staged beside the old one, made visible by one rename, the old one removed only then."""
+"""A folder's next checkpoint: staged beside the old one, made visible by one call, the old one removed only then.
+
+Which call commits depends on what the folder holds, because readers look for a single file before they look for an
+index:
+
+| the folder holds | a save of     | commits by                                   | and then removes   |
+|------------------|---------------|----------------------------------------------|--------------------|
+| nothing          | a single file | the rename of that file                      |                    |
+| nothing          | shards        | the rename of the index                      |                    |
+| a single file    | a single file | the rename of the new file over the old one  |                    |
+| a single file    | shards        | the removal of the old file                  |                    |
+| shards           | a single file | the rename of that file                      | index, then shards |
+| shards           | shards        | the rename of the new index over the old one | the old shards     |
+| another format   | either        | what it would be for nothing                 |                    |
+
+Shards get their names before the commit; they are names that the old index does not list. Beside another format
+safetensors is what readers take first, and its files are not ours to remove.
+
+A variant is a checkpoint of its own. Texts such as `config.json` are published with the shards where they are new, and
+right after the commit where they replace others. Until then the journal, `.funcmodel-save.json`, tells funcmodel's
+readers to take the new text from where it is staged; readers that do not know it can meet new weights beside an old
+text between those two renames, and nowhere else. A text that stays the same is not touched.
+
+In order: lock the folder; finish or take back what a writer that died has left; stage and flush every file; publish the
+journal; publish shards and new texts; commit; publish the other texts; remove what is superseded; remove the journal;
+unlock. Folders are flushed between any two of these steps. A flush that failed is never repeated, because the kernel
+forgets what it could not write: the staged file is thrown away. A save that is one rename needs no journal.
+"""
 
 import errno
 import os
-import secrets
 import stat
-from collections.abc import Iterable, Mapping
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import count
 from types import TracebackType
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal
 
-from attrs import define, field
+from attrs import define, evolve, field
 
-from funcmodel.errors import FuncmodelError, NoSpaceError, SaveError, StalePlanError, UnsafePathError
+from funcmodel.core.journal import JOURNAL, Journal, part_name, render_journal
+from funcmodel.errors import FuncmodelError, NoSpaceError, SaveError, StalePlanError
 from funcmodel.plan.sharding import SUFFIX, rivals
 from funcmodel.records.actions import Publish
+from funcmodel.records.mapping import FrozenMap
 from funcmodel.records.tensors import format_size
+from funcmodel.run.destinations import StagedFile, check_removable, destination, lstat
 from funcmodel.run.existing import listed
+from funcmodel.run.files import prefix_fingerprint
+from funcmodel.run.filesystem import CREATE, FOLDER, REAL, Durability, FileSystem, Symlinks
+from funcmodel.run.journal import fingerprints, partitioned, recover, settle, unlink
+from funcmodel.run.locks import FolderLocks
 
-Symlinks: TypeAlias = Literal["follow", "refuse"]
-Durability: TypeAlias = Literal["full", "none"]
-
-_FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
-_IOVECS: Final = 1024  # the kernel's limit
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
-
-
-@define(eq=False)
-class StagedFile:
-    """A file under a temporary name beside its final one.
-
-    Attributes:
-        final: where it goes, links resolved.
-        temporary: where it is; it starts with a dot and does not end like weights, so that no reader takes it.
-        fd: open for reading and writing.
-    """
-
-    final: str
-    temporary: str
-    fd: int
-
-    def write(self, buffers: Iterable[memoryview], offset: int) -> int:
-        """Write buffers one after the other from `offset` on, however short the kernel's writes are.
-
-        Returns:
-            The offset behind the last byte.
-
-        Raises:
-            OSError: the kernel's.
-        """
-        waiting = iter(buffers)
-        while batch := list(islice(waiting, _IOVECS)):
-            batch.reverse()
-            while batch:
-                count = os.pwritev(self.fd, batch[::-1], offset)
-                if not count and any(batch):
-                    raise OSError(errno.EIO, "the system wrote nothing and gave no reason", self.temporary)
-                offset += count
-                while batch and count >= len(batch[-1]):
-                    count -= len(batch.pop())
-                if count:
-                    batch[-1] = batch[-1][count:]
-        return offset
 
 
 @define(eq=False)
@@ -72,64 +62,72 @@ class Transaction:
         publish: what becomes visible, in which order.
         symlinks: whether a link in place of a file is followed to its target or refused.
         durability: whether files and folders are flushed to the disk before and after the commit.
-        committed: whether a reader of the folder sees the new checkpoint.
+        filesystem: the calls to make.
+        sizes: bytes of each file that will be staged.
+        committed: whether a reader of the folder sees the new checkpoint, for good.
     """
 
     folder: str
     publish: Publish
-    symlinks: Symlinks
-    durability: Durability
+    symlinks: Symlinks = "follow"
+    durability: Durability = "full"
+    filesystem: FileSystem = REAL
+    sizes: Mapping[str, int] = FrozenMap()
     committed: Literal["yes", "no", "unknown"] = field(default="no", init=False)
     _staged: dict[str, StagedFile] = field(factory=dict, init=False)
     _published: list[str] = field(factory=list, init=False)
     _made: list[str] = field(factory=list, init=False)
-    _sizes: Mapping[str, int] = field(factory=dict, init=False)
-    _mark: str = field(factory=lambda: secrets.token_hex(4), init=False)
+    _mark: str = field(factory=lambda: os.urandom(4).hex(), init=False)
+    _numbers: Iterator[int] = field(factory=count, init=False)
+    _journal: Journal | None = field(default=None, init=False)
+    _locks: FolderLocks = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._locks = FolderLocks(self.filesystem)
 
     def __enter__(self) -> "Transaction":
-        self._make_folder()
+        try:
+            self._make_folder()
+            self._own(self.folder)
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for staged in self._staged.values():
-            _close(staged)
-        if self.committed == "unknown" and os.path.lexists(self._staged[self.publish.commit].temporary):
-            self.committed = "no"  # the rename that commits was interrupted before it happened
+        try:
+            self._end(error)
+        finally:
+            self._locks.release()
         if self.committed == "no":
-            self._discard()
-        elif error is not None:
-            _unlink(*(staged.temporary for staged in self._staged.values()), strict=False)
+            for path in reversed(self._made):
+                self._quietly(self.filesystem.rmdir, path)
         if isinstance(error, OSError) and not isinstance(error, FuncmodelError):
             raise self._error(error) from error
 
-    def reserve(self, sizes: Mapping[str, int]) -> None:
+    def reserve(self) -> None:
         """Refuse a folder that is not the planned one, links that may not be followed, and a disk that is too small.
-
-        Args:
-            sizes: bytes of each file that will be staged.
 
         Raises:
             StalePlanError: the folder holds a checkpoint that the plan does not replace.
             UnsafePathError: a link that may not be followed, or no regular file in the place of one.
+            BusyError: another writer has the folder that a link leads to.
             NoSpaceError: the disk has not so many bytes.
         """
-        self._sizes = sizes
         self._check_folder()
         for name in self.publish.removes:
-            path = os.path.join(self.folder, name)
-            if os.path.islink(path):
-                self._check_unshared(path, os.path.realpath(path))
+            check_removable(os.path.join(self.folder, name), self.filesystem)
         wanted: dict[int, tuple[str, int]] = {}
-        for name, size in sizes.items():
+        for name, size in self.sizes.items():
             where = os.path.dirname(self._destination(name))
-            device = os.stat(where).st_dev
+            self._own(where)
+            device = self.filesystem.stat(where).st_dev
             wanted[device] = where, wanted.get(device, ("", 0))[1] + size
         for where, needed in wanted.values():
-            found = os.statvfs(where)
-            available = found.f_bavail * found.f_frsize
-            if found.f_blocks and available < needed:
+            available = self._available(where)
+            if available is not None and available < needed:
                 raise NoSpaceError(
                     f"{where}: {format_size(needed)} needed, {format_size(available)} available; nothing was changed. "
                     "The old checkpoint is removed only after the new one is complete, so both must fit",
@@ -141,11 +139,10 @@ class Transaction:
     def stage(self, name: str) -> StagedFile:
         """A new file for `name`, with the mode of the file that it will replace, or else as the umask says."""
         final = self._destination(name)
-        temporary = os.path.join(os.path.dirname(final), f".fm-{self._mark}-{len(self._staged):05d}.part")
-        staged = self._staged[name] = StagedFile(final, temporary, os.open(temporary, _FLAGS, 0o666))
+        staged = self._staged[name] = self._create(final)
         mode = self._mode(name, final)
-        if mode is not None and mode != stat.S_IMODE(os.fstat(staged.fd).st_mode):
-            os.fchmod(staged.fd, mode)
+        if mode is not None and mode != stat.S_IMODE(self.filesystem.fstat(staged.fd).st_mode):
+            self.filesystem.fchmod(staged.fd, mode)
         return staged
 
     def seal(self, name: str, nbytes: int) -> None:
@@ -154,117 +151,134 @@ class Transaction:
         Raises:
             SaveError: it has not the size that was planned.
         """
-        staged = self._staged[name]
-        found = os.fstat(staged.fd).st_size
-        if found != nbytes:
-            raise SaveError(
-                f"{staged.final}: {nbytes} bytes were planned and {found} written; nothing was changed",
-                committed="no",
-                expected=nbytes,
-                found=found,
-            )
-        if self.durability == "full":
-            os.fsync(staged.fd)
-        _close(staged)
+        self._seal(self._staged[name], nbytes)
 
     def commit(self) -> None:
-        """Publish what is staged, then remove what it replaces.
-
-        Shards first, under names that nothing reads yet, and texts that replace nothing; then the one rename that
-        makes the checkpoint visible; then texts that replace one of the old checkpoint; the old files at last.
+        """Publish what is staged, then remove what it replaces; see the table above.
 
         Raises:
+            StalePlanError: a name that the plan takes for free is taken.
             OSError: the kernel's; `committed` says how far it went.
         """
-        new: list[str] = []
-        replacing: list[str] = []
-        for name in self.publish.renames:
-            fresh = name.endswith(SUFFIX) or not os.path.lexists(self._staged[name].final)
-            (new if fresh else replacing).append(name)
-        for name in new:
+        publish = self._unchanged_left_out()
+        journal = self._planned(publish)
+        replacing = [name for name in publish.renames if name in journal.old]
+        if publish.renames or len(journal.old.keys() - {publish.commit}):
+            self._write_journal(journal)
+        early = [name for name in publish.renames if name not in replacing]
+        for name in early:
             self._published.append(self._staged[name].final)
             self._rename(name)
-        self._flush_folders()
-        self.committed = "unknown"
-        self._rename(self.publish.commit)
-        # Readers that look for a single file first see the old one until it is gone.
-        first = [name for name in self.publish.removes if name in rivals(self.publish.commit)]
-        if first:
+        if early:
             self._flush_folders()
-            self._remove(first)
-        self.committed = "yes"
+        if journal.by == "removal":
+            self._published.append(self._staged[publish.commit].final)
+            self._rename(publish.commit)
+            self._flush_folders()
+        self.committed = "unknown"
+        if journal.by == "removal":
+            unlink(self.filesystem, os.path.join(self.folder, journal.commit))
+        else:
+            self._rename(publish.commit)
         self._flush_folders()
-        rest = [name for name in self.publish.removes if name not in first]
+        self.committed = "yes"
         for name in replacing:
             self._rename(name)
-        self._remove(rest)
-        if replacing or rest:
+        if replacing:
             self._flush_folders()
+        self._remove([name for name in publish.removes if name != journal.commit])
+        if self._journal is not None:
+            unlink(self.filesystem, os.path.join(self.folder, JOURNAL))
 
-    # -- what lies in the folder ---------------------------------------------------------------------------------
+    # -- how it ends -------------------------------------------------------------------------------------------------
+
+    def _end(self, error: BaseException | None) -> None:
+        """Leave the folder in order. What the system refused once is left to the next save, which the journal tells."""
+        for staged in self._staged.values():
+            self._quietly(staged.close)
+        if self.committed == "unknown" and self._still_old():
+            self.committed = "no"
+        if self.committed == "no":
+            self._quietly(self._discard)
+        elif error is not None and not isinstance(error, OSError):
+            self._quietly(self._finish)
+
+    def _still_old(self) -> bool:
+        """Whether the call that commits did not happen, after it, or what follows it, has failed."""
+        waits = self._staged[self.publish.commit].temporary
+        if self._journal is not None and self._journal.by == "removal":
+            waits = os.path.join(self.folder, self._journal.commit)
+        try:
+            return lstat(waits, self.filesystem) is not None
+        except OSError:
+            return False
+
+    def _finish(self) -> None:
+        """After an interrupt behind the commit: do what was left to do."""
+        self._flush_folders()
+        self.committed = "yes"
+        if self._journal is not None:
+            settle(self._journal, "new", self.folder, self.filesystem, self._flush_folders)
+            unlink(self.filesystem, os.path.join(self.folder, JOURNAL))
+
+    def _discard(self) -> None:
+        """Remove every trace, in an order that leaves the old checkpoint the visible one wherever it stops."""
+        for path in reversed(self._published):
+            unlink(self.filesystem, path)
+        if self._published:
+            self._flush_folders()
+        if self._journal is not None:
+            unlink(self.filesystem, os.path.join(self.folder, JOURNAL))
+            self._flush_folders()  # while there is a journal, its parts tell the side
+        for staged in self._staged.values():
+            self._quietly(unlink, self.filesystem, staged.temporary)
+
+    def _quietly(self, call: Callable[..., None], *args: object) -> None:
+        """A step of cleaning up, whose failure must not hide the error that led here."""
+        try:
+            call(*args)
+        except OSError:
+            return
+
+    # -- what lies in the folder -------------------------------------------------------------------------------------
 
     def _make_folder(self) -> None:
         """The folder and its parents; those that are new go again if nothing is committed."""
         missing, at = [], self.folder
-        while at and not os.path.lexists(at):
+        while at and lstat(at, self.filesystem) is None:
             missing.append(at)
             at = os.path.dirname(at)
-        try:
-            for path in reversed(missing):
-                os.mkdir(path)
-                self._made.append(path)
-            if not os.path.isdir(self.folder):
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), self.folder)
-        except OSError as error:
-            self._discard()
-            raise self._error(error) from error
+        for path in reversed(missing):
+            try:
+                self.filesystem.mkdir(path)
+            except FileExistsError:
+                continue  # another writer was faster
+            self._made.append(path)
+        if not stat.S_ISDIR(self.filesystem.stat(self.folder).st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), self.folder)
+
+    def _own(self, folder: str) -> None:
+        """Lock a folder, and clear what a writer that died has left in it."""
+        if self._locks.take(folder):
+            recover(folder, self.filesystem, lambda: self._flush((folder,)))
 
     def _destination(self, name: str) -> str:
-        """The path of a file of the folder, with a link at its end followed or refused."""
-        path = os.path.join(self.folder, name)
-        if not os.path.islink(path):
-            if os.path.lexists(path) and not os.path.isfile(path):
-                raise UnsafePathError(f"{path}: is no regular file; remove it", code="NOT_REGULAR_FILE", path=path)
-            return path
-        target = os.path.realpath(path)
-        if self.symlinks == "refuse":
-            raise UnsafePathError(
-                f"{path}: is a link to {target}, and links are refused; pass symlinks='follow' to replace its target",
-                code="SYMLINK",
-                path=path,
-            )
-        self._check_unshared(path, target)
-        if not os.path.isdir(os.path.dirname(target)) or (os.path.lexists(target) and not os.path.isfile(target)):
-            raise UnsafePathError(
-                f"{path}: is a link to {target}, where no file can be written; remove it", code="SYMLINK", path=path
-            )
-        return target
-
-    def _check_unshared(self, path: str, target: str) -> None:
-        if os.path.basename(os.path.dirname(target)) == "blobs":
-            raise UnsafePathError(
-                f"{path}: is a link into the cache of huggingface_hub, whose files are shared; save somewhere else",
-                code="SYMLINK_CACHE",
-                path=path,
-            )
+        return destination(os.path.join(self.folder, name), self.symlinks, self.filesystem)
 
     def _check_folder(self) -> None:
         """Refuse a folder whose checkpoint is not the one that the plan replaces: the two would mix."""
         commit, removes = self.publish.commit, set(self.publish.removes)
-        for rival in rivals(commit):
-            if rival not in removes and os.path.lexists(os.path.join(self.folder, rival)):
-                raise self._stale((rival,))
-        path = os.path.join(self.folder, commit)
-        if commit.endswith(".json") and os.path.lexists(path) and (unknown := listed(path) - removes):
-            raise self._stale(tuple(sorted(unknown)))
-
-    def _stale(self, names: tuple[str, ...]) -> StalePlanError:
-        return StalePlanError(
-            f"{self.folder}: holds a checkpoint that the plan does not replace ({', '.join(names[:4])}); "
-            "plan the save again with existing=existing_checkpoint(folder)",
-            path=self.folder,
-            names=names,
-        )
+        wrong = {name for name in rivals(commit) if name not in removes and self._there(name)}
+        wrong |= {name for name in self.publish.renames if name.endswith(SUFFIX) and self._there(name)}
+        if commit.endswith(".json") and self._there(commit):
+            wrong |= listed(os.path.join(self.folder, commit)) - removes
+        if wrong:
+            raise StalePlanError(
+                f"{self.folder}: holds files that the plan neither replaces nor avoids "
+                f"({', '.join(sorted(wrong)[:4])}); plan the save again with existing=existing_checkpoint(folder)",
+                path=self.folder,
+                names=tuple(sorted(wrong)),
+            )
 
     def _mode(self, name: str, final: str) -> int | None:
         """The mode of the file replaced; shards under new names take that of the weights they replace."""
@@ -273,68 +287,114 @@ class Transaction:
             paths += [os.path.join(self.folder, old) for old in self.publish.removes if old.endswith(SUFFIX)]
         for path in paths:
             try:
-                return stat.S_IMODE(os.stat(path).st_mode)
+                return stat.S_IMODE(self.filesystem.stat(path).st_mode)
             except FileNotFoundError:
                 continue
         return None
 
-    # -- steps ---------------------------------------------------------------------------------------------------
+    def _there(self, name: str) -> bool:
+        return lstat(os.path.join(self.folder, name), self.filesystem) is not None
+
+    def _available(self, where: str) -> int | None:
+        """Bytes that may still be written below a folder; None where the system does not say."""
+        found = self.filesystem.statvfs(where)
+        return found.f_bavail * found.f_frsize if found.f_blocks else None
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    def _create(self, final: str) -> StagedFile:
+        temporary = os.path.join(os.path.dirname(final), part_name(f"{self._mark}-{next(self._numbers):05d}"))
+        return StagedFile(final, temporary, self.filesystem.open(temporary, CREATE, 0o666), self.filesystem)
+
+    def _seal(self, staged: StagedFile, nbytes: int) -> None:
+        found = self.filesystem.fstat(staged.fd).st_size
+        if found != nbytes:
+            raise SaveError(
+                f"{staged.final}: {nbytes} bytes were planned and {found} written; nothing was changed",
+                committed="no",
+                expected=nbytes,
+                found=found,
+            )
+        read = lambda start, stop: self.filesystem.pread(staged.fd, stop - start, start)  # noqa: E731
+        staged.fingerprint = prefix_fingerprint(read, nbytes)
+        if self.durability == "full":
+            self.filesystem.fsync(staged.fd)
+        staged.close()
+
+    def _unchanged_left_out(self) -> Publish:
+        """The plan without the texts that the folder holds already, byte for byte."""
+        texts = frozenset(name for name in self.publish.renames if not name.endswith(SUFFIX))
+        found = fingerprints(self.folder, texts, self.filesystem)
+        same = {name for name in texts if found.get(name) == self._staged[name].fingerprint}
+        for name in same:
+            unlink(self.filesystem, self._staged[name].temporary)
+            del self._staged[name]
+        return evolve(self.publish, renames=tuple(name for name in self.publish.renames if name not in same))
+
+    def _planned(self, publish: Publish) -> Journal:
+        single = [name for name in rivals(publish.commit) if name.endswith(SUFFIX) and name in publish.removes]
+        by_removal = bool(single) and self._there(single[0])
+        files = frozenset((*publish.removes, *publish.renames, publish.commit))
+        parts = {name: os.path.relpath(staged.temporary, self.folder) for name, staged in self._staged.items()}
+        return Journal(
+            commit=single[0] if by_removal else publish.commit,
+            by="removal" if by_removal else "rename",
+            head=publish.commit,
+            old=fingerprints(self.folder, files, self.filesystem),
+            new=FrozenMap({name: staged.fingerprint for name, staged in self._staged.items()}),
+            parts=FrozenMap(parts),
+        )
+
+    def _write_journal(self, journal: Journal) -> None:
+        text = render_journal(journal).encode()
+        staged = self._staged[JOURNAL] = self._create(os.path.join(self.folder, JOURNAL))
+        staged.write([memoryview(text)], 0)
+        self._seal(staged, len(text))
+        self._journal = journal
+        self._flush_folders()  # a journal without its parts would tell the wrong side
+        self.filesystem.replace(staged.temporary, staged.final)
+        self._flush_folders()
 
     def _rename(self, name: str) -> None:
         staged = self._staged[name]
-        os.replace(staged.temporary, staged.final)
+        self.filesystem.replace(staged.temporary, staged.final)
 
     def _remove(self, names: Iterable[str]) -> None:
-        _unlink(*(os.path.join(self.folder, name) for name in names))
+        """Remove what is superseded, an index before the shards that it names."""
+        first, rest = partitioned(names)
+        for batch in (first, rest):
+            for name in batch:
+                unlink(self.filesystem, os.path.join(self.folder, name))
+            if batch:
+                self._flush_folders()
 
     def _flush_folders(self) -> None:
+        folders = {self.folder, *(os.path.dirname(staged.final) for staged in self._staged.values())}
+        self._flush(sorted(folders.union(map(os.path.dirname, self._made))))
+
+    def _flush(self, folders: Iterable[str]) -> None:
         if self.durability == "none":
             return
-        folders = {self.folder, *(os.path.dirname(staged.final) for staged in self._staged.values())}
-        for path in sorted(folders.union(map(os.path.dirname, self._made))):
-            fd = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+        for path in folders:
+            fd = self.filesystem.open(path, FOLDER, 0)
             try:
-                os.fsync(fd)
+                self.filesystem.fsync(fd)
             finally:
-                os.close(fd)
-
-    def _discard(self) -> None:
-        """Remove every trace; what cannot be removed is not worth hiding the error that led here."""
-        _unlink(*(staged.temporary for staged in self._staged.values()), *self._published, strict=False)
-        for path in reversed(self._made):
-            try:
-                os.rmdir(path)
-            except OSError:
-                break
+                self.filesystem.close(fd)
 
     def _error(self, error: OSError) -> SaveError:
         where = error.filename or self.folder
         done = {
-            "no": "nothing was changed",
-            "yes": "the new checkpoint is complete and visible, files of the old one are left",
-            "unknown": "look at the folder before you trust it",
+            "no": "readers see what they saw before",
+            "yes": "the new checkpoint is complete and visible; the next save removes what is left of the old one",
+            "unknown": "the new checkpoint is visible, but the system did not confirm that it is on the disk",
         }[self.committed]
         message = f"{where}: {error.strerror or error}; {done}"
-        if error.errno in _FULL:
-            found = os.statvfs(self.folder if os.path.isdir(self.folder) else os.path.dirname(self.folder))
-            needed = sum(self._sizes.values())
-            available = found.f_bavail * found.f_frsize
-            return NoSpaceError(message, committed=self.committed, needed=needed, available=available)
-        return SaveError(message, committed=self.committed)
-
-
-def _close(staged: StagedFile) -> None:
-    if staged.fd >= 0:
-        fd, staged.fd = staged.fd, -1
-        os.close(fd)
-
-
-def _unlink(*paths: str, strict: bool = True) -> None:
-    for path in paths:
+        if error.errno not in _FULL:
+            return SaveError(message, committed=self.committed)
         try:
-            os.unlink(path)
-        except FileNotFoundError:
-            continue
+            available = self._available(self.folder)
         except OSError:
-            if strict:
-                raise
+            available = None
+        needed = sum(self.sizes.values())
+        return NoSpaceError(message, committed=self.committed, needed=needed, available=available)

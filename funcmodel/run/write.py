@@ -4,15 +4,15 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from itertools import groupby
-from typing import Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 import torch
 from attrs import frozen
 
-from funcmodel.core.folder import leftovers
+from funcmodel.core.folder import leftovers, sidecars
 from funcmodel.core.index import parse_config, render_index
 from funcmodel.core.shapes import spec_of
-from funcmodel.core.wire import fingerprint
+from funcmodel.core.wire import BLANK, fingerprint, with_digests
 from funcmodel.errors import PlanError, UnsafePathError
 from funcmodel.plan.sharding import SUFFIX, variant_of
 from funcmodel.records.actions import Publish, WriteIndex, WriteShard, WriteText
@@ -23,9 +23,13 @@ from funcmodel.records.plans import SavePlan
 from funcmodel.run.checks import check_plan
 from funcmodel.run.engine import Source, opened
 from funcmodel.run.evaluate import stream
+from funcmodel.run.files import Digest, Hashed
+from funcmodel.run.filesystem import REAL, Durability, FileSystem, Symlinks
 from funcmodel.run.formats import FORMATS, Format, format_of
-from funcmodel.run.staging import Durability, StagedFile, Symlinks, Transaction
 from funcmodel.run.tensors import FROM_TORCH, byte_view
+
+if TYPE_CHECKING:
+    from funcmodel.run.destinations import StagedFile
 
 LiveTensors: TypeAlias = Mapping[str, torch.Tensor]
 Path: TypeAlias = str | os.PathLike[str]
@@ -44,6 +48,8 @@ def write(
     formats: tuple[Format, ...] = FORMATS,
     symlinks: Symlinks = "follow",
     durability: Durability = "full",
+    filesystem: FileSystem = REAL,
+    digest: Literal["ignore", "check"] = "ignore",
 ) -> CheckpointSpec:
     """Write a checkpoint. Readers see the old one or the new one; the old one after an error before the commit.
 
@@ -61,6 +67,8 @@ def write(
             of huggingface_hub are always refused.
         durability: "full" flushes files and folders, so that a checkpoint that was reported saved survives a loss of
             power; "none" leaves that to the system.
+        filesystem: the calls that write, so that tests can make each of them fail.
+        digest: "check" first hashes every stored tensor that is read, and compares it with its recorded digest.
 
     Returns:
         What was written.
@@ -69,10 +77,14 @@ def write(
         PlanError: the plan cannot be written (a live tensor on meta, a file name that is a path); nothing was touched.
         StalePlanError: a source, a live tensor or the folder is not what was planned.
         ChangedError: a source changed while it was read.
+        DigestError: a stored tensor is not what was recorded, or nothing is recorded of it; nothing was changed.
         UnsafePathError: a link that may not be followed.
+        BusyError: another writer has the folder; nothing was changed.
         SaveError: the system refused; `.committed` says whether readers see the new checkpoint.
         NoSpaceError: the disk is full; `.needed` and `.available` in bytes.
     """
+    from funcmodel.run.staging import Transaction  # who only loads needs none of it
+
     publish = _publish(plan)
     where = _folder(os.fspath(into), publish)
     if symlinks == "refuse" and os.path.islink(where):
@@ -80,16 +92,19 @@ def write(
     folder = os.path.realpath(where)
     shards = [_layout(action, formats) for action in plan.actions if isinstance(action, WriteShard)]
     texts = dict(_text(action) for action in plan.actions if isinstance(action, WriteText | WriteIndex))
-    sources = _Sources({key: expr for shard in shards for key, expr in shard.entries.items()}, live or {}, formats)
+    entries = {key: expr for shard in shards for key, expr in shard.action.entries.items()}
+    check: Digest = Hashed() if digest == "check" else digest
+    sources = _Sources(entries, live or {}, formats, check)
     sizes = {**{shard.file: shard.nbytes for shard in shards}, **{file: len(text) for file, text in texts.items()}}
     if {*sizes} != {*publish.renames, publish.commit}:
         raise PlanError(f"the plan writes {sorted(sizes)} and publishes {sorted((*publish.renames, publish.commit))}")
-    with Transaction(folder, publish, symlinks, durability) as transaction:
-        transaction.reserve(sizes)
-        with opened(sources.refs.values(), formats) as files, closing(sources.computed()) as values, torch.no_grad():
-            for shard in shards:
+    with Transaction(folder, publish, symlinks, durability, filesystem, sizes) as transaction:
+        transaction.reserve()
+        reads = opened(sources.refs.values(), formats, entries.values(), check)
+        with reads as files, closing(sources.computed()) as values, torch.no_grad():
+            for at, shard in enumerate(shards):
                 staged = transaction.stage(shard.file)
-                _write_shard(shard, staged, sources.buffers(shard, files, values))
+                shards[at] = _write_shard(shard, staged, sources.buffers(shard, files, values), formats)
                 transaction.seal(shard.file, shard.nbytes)
             for _ in values:  # only a stream that has ended has seen one state of its files
                 raise AssertionError("a value that no shard holds")
@@ -108,7 +123,7 @@ class _Shard:
     """One file of weights, laid out."""
 
     file: str
-    entries: Mapping[str, Expr]
+    action: WriteShard
     metadata: FrozenMap[str, str]
     tensors: FrozenMap[str, StoredTensor]
     format: str
@@ -116,12 +131,16 @@ class _Shard:
     nbytes: int
 
 
-def _layout(action: WriteShard, formats: tuple[Format, ...]) -> _Shard:
+def _layout(action: WriteShard, formats: tuple[Format, ...], digests: Mapping[str, str] | None = None) -> _Shard:
+    """The file that holds these digests; where they are recorded and not known yet, one of the same size."""
     format_ = format_of(action.file, formats)
     if format_.write is None:
         raise PlanError(f"{action.file}: files of the format {format_.name!r} are only read")
     specs = {key: expr.spec if isinstance(expr, Read | Live) else spec_of(expr) for key, expr in action.entries.items()}
-    header, offsets = format_.write(specs, action.metadata)
+    metadata = action.metadata
+    if action.digests != "none":
+        metadata = with_digests(metadata, digests or dict.fromkeys(("", *specs), BLANK))
+    header, offsets = format_.write(specs, metadata)
     tensors: dict[str, StoredTensor] = {}
     end = len(header)
     for key, spec in specs.items():
@@ -129,7 +148,7 @@ def _layout(action: WriteShard, formats: tuple[Format, ...]) -> _Shard:
         if offsets[key] != start:
             raise PlanError(f"{action.file}: the format leaves a gap before {key!r}, at byte {start}")
         tensors[key] = StoredTensor(spec, start, end)
-    return _Shard(action.file, action.entries, action.metadata, FrozenMap(tensors), format_.name, header, end)
+    return _Shard(action.file, action, metadata, FrozenMap(tensors), format_.name, header, end)
 
 
 def _text(action: WriteText | WriteIndex) -> tuple[str, bytes]:
@@ -176,10 +195,13 @@ def _folder(path: str, publish: Publish) -> str:
 class _Sources:
     """Where the bytes come from: stored tensors as they stand, live tensors as they lie, everything else computed."""
 
-    def __init__(self, entries: Mapping[str, Expr], live: LiveTensors, formats: tuple[Format, ...]) -> None:
+    def __init__(
+        self, entries: Mapping[str, Expr], live: LiveTensors, formats: tuple[Format, ...], digest: Digest
+    ) -> None:
         self._computed = {key: expr for key, expr in entries.items() if not isinstance(expr, Read | Live)}
         self._live = live
         self._formats = formats
+        self._digest = digest
         self._buffer = memoryview(b"")  # made when the first stored tensor is copied
         self.refs = {id(ref): ref for ref in check_plan(self._computed, live)}
         for key, expr in entries.items():
@@ -192,13 +214,13 @@ class _Sources:
 
     def computed(self) -> Any:
         """The tensors that are neither stored nor live as they are wanted, in the order of the entries."""
-        return stream(self._computed, live=self._live, formats=self._formats)
+        return stream(self._computed, live=self._live, formats=self._formats, digest=self._digest)
 
     def buffers(
         self, shard: _Shard, files: Mapping[FileRef, Source], values: Iterator[tuple[str, torch.Tensor]]
     ) -> Iterator[list[memoryview]]:
         """The data of a shard, in order. Each batch must be written before the next is asked for."""
-        for kind, run in groupby(shard.entries.items(), key=lambda entry: type(entry[1])):
+        for kind, run in groupby(shard.action.entries.items(), key=lambda entry: type(entry[1])):
             if kind is Read:
                 yield from self._stored((expr for _, expr in run if isinstance(expr, Read)), files)
             elif kind is Live:
@@ -283,11 +305,37 @@ def _pieces(tensor: torch.Tensor) -> Iterator[list[memoryview]]:
             yield from _pieces(part)
 
 
-def _write_shard(shard: _Shard, staged: StagedFile, batches: Iterator[list[memoryview]]) -> None:
+def _write_shard(
+    shard: _Shard, staged: "StagedFile", batches: Iterator[list[memoryview]], formats: tuple[Format, ...]
+) -> _Shard:
+    """The shard as it stands in the file."""
+    if shard.action.digests != "none":
+        return _write_hashed(shard, staged, batches, formats)
     at = staged.write([memoryview(shard.header)], 0)
     for batch in batches:
         at = staged.write(batch, at)
         del batch  # it holds a tensor, and the next one is made when the loop goes on
+    return shard
+
+
+def _write_hashed(
+    shard: _Shard, staged: "StagedFile", batches: Iterator[list[memoryview]], formats: tuple[Format, ...]
+) -> _Shard:
+    """The header comes last: it holds the digests of what has been written by then, and its own."""
+    from funcmodel.core.digests import header_digest
+    from funcmodel.run.digests import hashing
+
+    found = {"": BLANK}
+    at = len(shard.header)
+    for batch in hashing(batches, shard.tensors, found):
+        at = staged.write(batch, at)
+        del batch
+    found[""] = header_digest(_layout(shard.action, formats, found).header)
+    written = _layout(shard.action, formats, found)
+    if len(written.header) != len(shard.header) or written.tensors != shard.tensors:
+        raise PlanError(f"{shard.file}: the format {shard.format!r} moves tensors when digests are recorded")
+    staged.write([memoryview(written.header)], 0)
+    return written
 
 
 # -- what is there now ------------------------------------------------------------------------------------------------
@@ -316,6 +364,7 @@ def _written(where: str, names: list[str], commit: str, plan: SavePlan, shards: 
         variant=variant_of(commit),
         config=config,
         ignored=leftovers(names, [commit, *(shard.file for shard in shards)]),
+        digests=sidecars(names, [shard.file for shard in shards]),
     )
 
 

@@ -1,0 +1,282 @@
+"""Folders in which a save was not finished: what readers take, what the next save clears, and who may write at all."""
+
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from attrs import evolve
+
+import funcmodel as fm
+from funcmodel.core.journal import JOURNAL, LOCK, Journal, parse_journal, render_journal, side
+from funcmodel.errors import AmbiguousCheckpointError, BusyError, CheckpointError
+from funcmodel.records.mapping import FrozenMap
+from funcmodel.run.faults import Crash, changes, counted, faulty
+from funcmodel.run.filesystem import REAL
+from funcmodel.run.journal import standing
+from funcmodel.run.locks import FolderLocks
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+OLD = {key: torch.full((8,), float(i)) for i, key in enumerate("abc")}
+NEW = {key: tensor + 10 for key, tensor in OLD.items()}
+MANY = 32  # bytes: a shard per tensor
+
+
+def values(folder: Path) -> dict[str, float]:
+    return {key: tensor[0].item() for key, tensor in fm.materialize(fm.scan(folder)).items()}
+
+
+def value(tensors: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {key: tensor[0].item() for key, tensor in tensors.items()}
+
+
+def died(folder: Path, before: int | None, after: int | None, call: str, name: str, nth: int = 1) -> None:
+    """A folder whose writer died right before it did `call` to the file `name`, for the `nth` time."""
+    fm.save(OLD, folder, max_shard_size=before, config={"v": "old"})
+    probe = folder.with_name("probe")
+    fm.save(OLD, probe, max_shard_size=before, config={"v": "old"})
+    filesystem, trace = counted(REAL)
+    fm.save(NEW, probe, max_shard_size=after, config={"v": "new"}, filesystem=filesystem)
+    steps = [c for c in trace if changes(c)]
+    hits = [i for i, c in enumerate(steps, 1) if c.name == call and name in (os.path.basename(p) for p in _paths(c))]
+    dying = faulty(REAL, hits[nth - 1], "die")
+    with pytest.raises(Crash):
+        fm.save(NEW, folder, max_shard_size=after, config={"v": "new"}, filesystem=dying)
+
+
+def _paths(call: object) -> list[str]:
+    return [call.path, *(d for d in call.detail if isinstance(d, str))]  # type: ignore[attr-defined]
+
+
+def test_a_single_file_and_an_index_are_told_apart_by_a_fitting_journal_alone(tmp_path: Path) -> None:
+    died(tmp_path / "a", None, MANY, "unlink", SINGLE)
+    assert {SINGLE, INDEX, JOURNAL} <= set(os.listdir(tmp_path / "a"))
+    assert values(tmp_path / "a") == value(OLD)
+    assert INDEX in fm.scan_checkpoint(tmp_path / "a").ignored
+    (tmp_path / "a" / JOURNAL).unlink()
+    with pytest.raises(AmbiguousCheckpointError):
+        fm.scan(tmp_path / "a")
+
+
+def test_after_the_rename_of_the_single_file_the_old_index_no_longer_counts(tmp_path: Path) -> None:
+    died(tmp_path / "a", MANY, None, "unlink", INDEX)
+    assert {SINGLE, INDEX, JOURNAL} <= set(os.listdir(tmp_path / "a"))
+    assert values(tmp_path / "a") == value(NEW)
+
+
+def test_a_text_that_has_not_its_name_yet_is_read_where_it_waits(tmp_path: Path) -> None:
+    died(tmp_path / "a", None, None, "replace", "config.json")
+    assert json.loads((tmp_path / "a" / "config.json").read_text()) == {"v": "old"}
+    assert values(tmp_path / "a") == value(NEW)
+    assert fm.scan_checkpoint(tmp_path / "a").config == fm.Config({"v": "new"})
+
+
+def test_a_load_leaves_what_it_finds(tmp_path: Path) -> None:
+    died(tmp_path / "a", None, MANY, "unlink", SINGLE)
+    before = {path.name: path.stat() for path in (tmp_path / "a").iterdir()}
+    values(tmp_path / "a")
+    fm.scan_checkpoint(tmp_path / "a")
+    after = {path.name: path.stat() for path in (tmp_path / "a").iterdir()}
+    assert before.keys() == after.keys()
+    assert all(before[name].st_mtime_ns == after[name].st_mtime_ns for name in before)
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, MANY), (MANY, None), (MANY, MANY)])
+@pytest.mark.parametrize("last", [None, MANY])
+def test_the_next_save_clears_what_was_left(
+    tmp_path: Path, before: int | None, after: int | None, last: int | None
+) -> None:
+    died(tmp_path / "a", before, after, "unlink", JOURNAL)
+    (tmp_path / "a" / ".fm-0000-00000.part").write_bytes(b"another one")
+    fm.save(OLD, tmp_path / "a", max_shard_size=last)
+    assert values(tmp_path / "a") == value(OLD)
+    assert len(os.listdir(tmp_path / "a")) == (2 if last is None else 5)
+
+
+def test_a_save_that_was_taken_back_leaves_the_conventional_names_free(tmp_path: Path) -> None:
+    died(tmp_path / "a", None, MANY, "unlink", SINGLE)
+    fm.save(NEW, tmp_path / "a", max_shard_size=MANY)
+    assert "model-00001-of-00003.safetensors" in os.listdir(tmp_path / "a")
+
+
+def test_only_files_that_are_what_the_journal_says_are_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    died(folder, MANY, None, "unlink", INDEX)
+    mine = folder / "model-00002-of-00003.safetensors"
+    mine.write_bytes(b"somebody put this here since")
+    fm.save(OLD, folder)
+    assert mine.read_bytes() == b"somebody put this here since"
+    assert values(folder) == value(OLD)
+
+
+def test_a_journal_that_does_not_fit_decides_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    died(folder, None, MANY, "unlink", SINGLE)
+    other = {key: tensor[:2].clone() for key, tensor in OLD.items()}
+    fm.save(other, tmp_path / "b")
+    os.replace(tmp_path / "b" / SINGLE, folder / SINGLE)  # a writer that knows no journals
+    assert standing(str(folder)).holds is None
+    with pytest.raises(AmbiguousCheckpointError):
+        fm.scan(folder)
+    fm.save(NEW, folder)
+    assert values(folder) == value(NEW)
+    assert JOURNAL not in os.listdir(folder)
+
+
+@pytest.mark.parametrize(
+    "kind", ["empty", "text", "list", "deep", "fifo", "folder", "link", "outside", "newer", "lies"]
+)
+def test_a_journal_is_not_trusted(tmp_path: Path, kind: str) -> None:
+    folder, outside = tmp_path / "a", tmp_path / "outside.safetensors"
+    fm.save(OLD, folder, config={"v": "old"})
+    outside.write_bytes((folder / SINGLE).read_bytes())
+    where = folder / JOURNAL
+    mark = "0" * 32
+    journal = {"funcmodel_save": 1, "commit": SINGLE, "by": "rename", "head": SINGLE, "new": {SINGLE: mark}}
+    match kind:
+        case "empty":
+            where.write_bytes(b"")
+        case "text":
+            where.write_bytes(b"\x00\xff")
+        case "list":
+            where.write_text("[]")
+        case "deep":
+            where.write_text("[" * 100_000)
+        case "fifo":
+            os.mkfifo(where)
+        case "folder":
+            where.mkdir()
+        case "link":
+            where.symlink_to("/dev/zero")
+        case "outside":
+            where.write_text(json.dumps({**journal, "old": {"../outside.safetensors": mark}}))
+        case "newer":
+            where.write_text(json.dumps({**journal, "funcmodel_save": 2}))
+        case "lies":
+            found = standing(str(folder)).journal
+            assert found is None
+            where.write_text(json.dumps({**journal, "old": {"config.json": mark, SINGLE: mark}}))
+    assert values(folder) == value(OLD)
+    if kind != "folder":
+        fm.save(NEW, folder)
+        assert values(folder) == value(NEW)
+        assert not where.exists()
+    assert outside.exists()
+    assert (folder / "config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["../m", "/m", "a/../m", "", "a\\m", "c:m"])
+def test_a_journal_names_files_of_its_folder(name: str) -> None:
+    good = Journal(commit="m", by="rename", head="m", new=FrozenMap({"m": "1"}))
+    assert parse_journal(render_journal(good).encode()) == good
+    for bad in (
+        evolve(good, commit=name),
+        evolve(good, old=FrozenMap({name: "1"})),
+        evolve(good, new=FrozenMap({"m": "1", name: "1"})),
+        evolve(good, parts=FrozenMap({"m": "config.json"})),
+        evolve(good, head="n"),
+    ):
+        with pytest.raises(CheckpointError):
+            parse_journal(render_journal(bad).encode())
+
+
+def test_a_copy_without_hidden_files_is_no_longer_decided(tmp_path: Path) -> None:
+    journal = Journal(commit="s", by="removal", head="i", old=FrozenMap({"s": "1"}), new=FrozenMap({"i": "2"}))
+    assert side(journal, {"s": "1", "i": "2"}, ()) == "old"
+    assert side(journal, {"s": "1"}, {"i"}) == "old"
+    assert side(journal, {"i": "2"}, ()) == "new"
+    assert side(journal, {}, ()) is None
+    assert side(journal, {"s": "3", "i": "2"}, ()) is None
+
+
+# -- locks -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_writer_is_refused_and_told_who_the_first_is(tmp_path: Path) -> None:
+    fm.save(OLD, tmp_path)
+    locks = FolderLocks(REAL)
+    assert locks.take(str(tmp_path))
+    assert not locks.take(str(tmp_path))
+    (tmp_path / ".fm-live-00000.part").write_bytes(b"of the writer that lives")
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(BusyError) as raised:
+        fm.save(NEW, tmp_path)
+    assert raised.value.committed == "no"
+    assert str(os.getpid()) in raised.value.owner
+    assert sorted(os.listdir(tmp_path)) == before
+    locks.release()
+    fm.save(NEW, tmp_path)
+    assert values(tmp_path) == value(NEW)
+    assert os.listdir(tmp_path) == [SINGLE]
+
+
+def test_a_lock_whose_owner_died_is_no_lock(tmp_path: Path) -> None:
+    (tmp_path / LOCK).write_text("not what we write")
+    fm.save(NEW, tmp_path)
+    assert os.listdir(tmp_path) == [SINGLE]
+
+
+def test_a_lock_that_is_given_back_while_it_is_opened_is_tried_again(tmp_path: Path) -> None:
+    taken = []
+
+    def flock(fd: int) -> bool:
+        if not taken:
+            taken.append(fd)
+            os.unlink(tmp_path / LOCK)
+        return REAL.flock(fd)
+
+    locks = FolderLocks(evolve(REAL, flock=flock))
+    assert locks.take(str(tmp_path))
+    with pytest.raises(BusyError):
+        FolderLocks(REAL).take(str(tmp_path))
+    locks.release()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_writer_that_follows_a_link_owns_that_folder_too(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "out").mkdir()
+    fm.save(OLD, tmp_path / "store")
+    (tmp_path / "out" / SINGLE).symlink_to(tmp_path / "store" / SINGLE)
+    locks = FolderLocks(REAL)
+    locks.take(str(tmp_path / "store"))
+    with pytest.raises(BusyError):
+        fm.save(NEW, tmp_path / "out")
+    locks.release()
+    fm.save(NEW, tmp_path / "out")
+    assert values(tmp_path / "store") == value(NEW)
+    assert os.listdir(tmp_path / "store") == os.listdir(tmp_path / "out") == [SINGLE]
+
+
+def test_threads_that_save_into_one_folder_leave_one_whole_checkpoint(tmp_path: Path) -> None:
+    outcomes: list[int | BusyError] = []
+    barrier = threading.Barrier(6)
+
+    def run(i: int) -> None:
+        barrier.wait()
+        try:
+            fm.save({key: tensor + 100 * i for key, tensor in OLD.items()}, tmp_path, max_shard_size=MANY)
+            outcomes.append(i)
+        except BusyError as error:
+            outcomes.append(error)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    winners = [i for i in outcomes if isinstance(i, int)]
+    assert len(outcomes) == 6
+    assert winners
+    assert values(tmp_path) in [{key: v + 100 * i for key, v in value(OLD).items()} for i in winners]
+    assert len(os.listdir(tmp_path)) == 4
+
+
+def test_shards_that_nobody_lists_are_kept_and_avoided(tmp_path: Path) -> None:
+    stray = tmp_path / "model-00001-of-00003.safetensors"
+    stray.write_bytes(b"left by another library")
+    fm.save(NEW, tmp_path, max_shard_size=MANY)
+    assert stray.read_bytes() == b"left by another library"
+    assert values(tmp_path) == value(NEW)
