@@ -103,7 +103,11 @@ LARGE: list[tuple[str, Any, Callable[[], tuple[str, int]]]] = [
     ),
     ("no JSON in the end", "BAD_JSON", lambda: with_flaw(N, ',"w"')),
     ("one byte short", "TRUNCATED", lambda: (many(N)[0], N - 1)),
-    ("metadata", "METADATA_TYPE", lambda: ('{"__metadata__":{' + '"":"",' * (10 * N) + '"x":1}}', 0)),
+    (
+        "metadata",
+        "METADATA_TYPE",
+        lambda: ('{"__metadata__":{' + "".join(f'"{i}":"",' for i in range(5 * N)) + '"x":1}}', 0),
+    ),
     (
         "a long text",
         "NAME_TOO_LONG",

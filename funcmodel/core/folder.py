@@ -133,24 +133,24 @@ def sidecars(names: Iterable[str], files: Iterable[str]) -> tuple[str, ...]:
 
 def _grouped(names: Iterable[str], variant: str | None, suffix: str) -> Mapping[tuple[str, str | None], Choice]:
     """Stem and variant to the files that bear them."""
-    groups: dict[tuple[str, str | None], Choice] = {}
+    groups: dict[tuple[str, str | None], tuple[list[str], list[str], list[str]]] = {}
     for name in sorted(names):
         body, infix, tail = name.rpartition(f"{suffix}.index")
         if infix and tail.endswith(".json"):
             stem, kind = _split(body, variant)
-            kind = tail.removesuffix(".json")[1:] or kind
-            old = groups.get((stem, kind), Choice())
-            groups[stem, kind] = Choice(old.single, (*old.indexes, name), old.shards)
+            place, kind = 1, tail.removesuffix(".json")[1:] or kind
         elif name.endswith(suffix) and name != suffix and not name.startswith("."):
             body = name.removesuffix(suffix)
             whole = _before_numbers(body)
+            place = 0 if whole is None else 2
             stem, kind = _split(whole or body, variant)
-            old = groups.get((stem, kind), Choice())
-            if whole is None:
-                groups[stem, kind] = Choice(name, old.indexes, old.shards)
-            else:
-                groups[stem, kind] = Choice(old.single, old.indexes, (*old.shards, name))
-    return groups
+        else:
+            continue
+        groups.setdefault((stem, kind), ([], [], []))[place].append(name)
+    return {
+        of: Choice(singles[-1] if singles else None, tuple(indexes), tuple(shards))
+        for of, (singles, indexes, shards) in groups.items()
+    }
 
 
 def _split(body: str, variant: str | None) -> tuple[str, str | None]:

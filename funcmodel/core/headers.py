@@ -15,7 +15,9 @@ from funcmodel.records.tensors import TensorSpec
 
 LARGEST: Final = 2**63 - 1
 METADATA: Final = "__metadata__"
-LARGE: Final = 2 << 20
+SMALL: Final = 2 << 20
+"""Of a header of at most so many bytes that is wrong, the JSON value is built, to report what a parser sees first."""
+LARGE: Final = 4 << 20
 """A header of more bytes is read twice: first to find whether it is right, then to keep what it says."""
 _FIELDS: Final = {"dtype", "shape", "data_offsets"}
 
@@ -47,19 +49,17 @@ def read_header(header: bytes, path: str, nbytes: int, limits: Limits) -> tuple[
         raise header_error("HEADER_START", path, f"its header starts with {header[8:9]!r}, expected b'{{'")
     # The walk knows three levels and 20 digits; who allows less is asked for by the other way.
     walkable = limits.json_depth >= 3 and limits.int_digits >= 20
-    if walkable and len(header) > LARGE:
-        try:
+    if not walkable:
+        return _parsed(header, path, nbytes, limits)
+    try:
+        if len(header) > LARGE:
             _survey(header, path, nbytes, limits)
-        except HeaderError as error:
+        return _walked(header, path, nbytes, limits)
+    except HeaderError as error:
+        if len(header) > SMALL:
             if error.code in ("BAD_JSON", "ENTRY_FIELDS", "METADATA_TYPE") and deeper(header, limits.json_depth, 8):
                 raise header_error("JSON_DEPTH", path, f"its header nests deeper than {limits.json_depth}") from error
             raise
-        return _walked(header, path, nbytes, limits)
-    if walkable:
-        try:
-            return _walked(header, path, nbytes, limits)
-        except HeaderError:
-            pass  # of several flaws, the first that a JSON parser would see is reported
     return _parsed(header, path, nbytes, limits)
 
 
@@ -108,8 +108,10 @@ class _Walk:
             if self.seen:
                 raise _twice(name, self.path)
             self.seen = True
-            if pairs(self.header, start, self.metadata, self.fail) != stop:
+            if pairs(self.header, start, None, self.fail) != stop:  # before any of them is kept
                 raise _metadata_error(self.path)
+            if self.metadata is not None:
+                pairs(self.header, start, self.metadata, self.fail)
             return None
         _check_name(name, self.path, self.limits)
         return _judged(name, self.header, start, stop, self.path, self.limits)

@@ -83,7 +83,7 @@ def materialize(
     target = _torch_device(device)
     if target.type != "cpu":
         return dict(stream(plan, device=target, live=live, formats=formats, digest=digest))
-    require_memory(sum(spec_of(expr).nbytes for expr in plan.values()))
+    require_memory(_held(plan))
     result: dict[str, Any] = dict.fromkeys(plan)
     plain = [(key, expr) for key, expr in plan.items() if type(expr) is Read]
     others = [(key, expr) for key, expr in plan.items() if type(expr) is not Read]
@@ -204,6 +204,21 @@ def _evaluator(
     refs = check_plan(plan, given)
     with opened(refs, formats, plan.values(), digest) as files:
         yield _Evaluator(files, given)
+
+
+def _held(plan: Mapping[str, Expr]) -> int:
+    """Bytes of all tensors of a plan. The specs of stored tensors are shared, and computing their sizes is not free."""
+    sizes: dict[int, int] = {}
+    total = 0
+    for expr in plan.values():
+        if type(expr) is not Read:
+            total += spec_of(expr).nbytes
+            continue
+        size = sizes.get(id(expr.spec))
+        if size is None:
+            size = sizes[id(expr.spec)] = expr.spec.nbytes
+        total += size
+    return total
 
 
 def _torch_device(device: str | torch.device | Device) -> torch.device:

@@ -200,7 +200,7 @@ def open_regular(path: str | os.PathLike[str], *, root: str | os.PathLike[str] |
         if not stat.S_ISREG(found.st_mode):
             raise _irregular(name)
         if root is not None:
-            _check_inside(name, fd, found, os.path.realpath(root))
+            _check_inside(name, fd, found, os.path.abspath(root))
         return SourceFile(name, fd, found.st_size, _identity(found))
     except BaseException:
         os.close(fd)
@@ -219,8 +219,10 @@ def _irregular(name: str) -> UnsafePathError:
 
 def _check_inside(name: str, fd: int, found: os.stat_result, root: str) -> None:
     target = _resolved(name, fd, found)
-    parent = os.path.dirname(target)
-    if _within(target, root) or parent in _blob_folders(root):
+    if _within(target, root):  # no part of a resolved path is a link, so none of the folder is either
+        return
+    root = os.path.realpath(root)
+    if _within(target, root) or os.path.dirname(target) in _blob_folders(root):
         return
     raise UnsafePathError(
         f"{name}: is a link to {target}, outside {root}; pass that file itself, or symlinks='follow' if you trust it",
@@ -237,8 +239,10 @@ def _within(target: str, folder: str) -> bool:
 def _resolved(name: str, fd: int, found: os.stat_result) -> str:
     """Where the opened file itself lies."""
     by_fd = f"/proc/self/fd/{fd}"
-    if os.path.exists(by_fd):
+    try:
         return os.readlink(by_fd)
+    except FileNotFoundError:
+        pass
     target = os.path.realpath(name)  # without /proc: the name's target must be the file that was opened
     if not os.path.samestat(os.stat(target), found):
         raise ChangedError(f"{name}: was replaced while it was opened; try again", path=name)
