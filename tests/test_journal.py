@@ -1,5 +1,6 @@
 """Folders in which a save was not finished: what readers take, what the next save clears, and who may write at all."""
 
+import errno
 import json
 import os
 import threading
@@ -11,11 +12,19 @@ from attrs import evolve
 
 import funcmodel as fm
 from funcmodel.core.journal import JOURNAL, LOCK, Journal, parse_journal, render_journal, side
-from funcmodel.errors import AmbiguousCheckpointError, BusyError, CheckpointError
+from funcmodel.errors import (
+    AmbiguousCheckpointError,
+    BusyError,
+    CheckpointError,
+    PlanError,
+    SaveError,
+    StalePlanError,
+)
 from funcmodel.records.mapping import FrozenMap
+from funcmodel.run.existing import existing_checkpoint
 from funcmodel.run.faults import Crash, changes, counted, faulty
 from funcmodel.run.filesystem import REAL
-from funcmodel.run.journal import standing
+from funcmodel.run.journal import fingerprints, standing
 from funcmodel.run.locks import FolderLocks
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -280,3 +289,135 @@ def test_shards_that_nobody_lists_are_kept_and_avoided(tmp_path: Path) -> None:
     fm.save(NEW, tmp_path, max_shard_size=MANY)
     assert stray.read_bytes() == b"left by another library"
     assert values(tmp_path) == value(NEW)
+
+
+# -- what is not ours ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["elsewhere", "."])
+def test_what_lies_behind_a_linked_subfolder_is_never_removed(tmp_path: Path, target: str) -> None:
+    folder, other = tmp_path / "a", tmp_path / "elsewhere"
+    fm.save(OLD, other)
+    folder.mkdir()
+    (folder / "sub").symlink_to(other if target == "elsewhere" else folder)
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(OLD, f"sub/{SINGLE}")}))
+    fm.save(NEW, folder)
+    assert values(folder) == value(NEW)
+    assert values(other) == value(OLD)
+
+
+def test_a_hostile_journal_removes_and_plants_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    fm.save(OLD, folder)
+    (folder / ".git" / "hooks").mkdir(parents=True)
+    victims = [folder / "LICENSE", folder / ".git" / "HEAD"]
+    for path in victims:
+        path.write_text("content that everybody knows")
+    (folder / ".fm-1.part").write_text("#!/bin/sh")
+    held = [SINGLE, "LICENSE", ".git/HEAD", ".fm-1.part"]
+    marks = fingerprints(str(folder), frozenset(held))
+    lies = {
+        **{"funcmodel_save": 1, "commit": SINGLE, "by": "rename", "head": SINGLE, "new": {SINGLE: marks[SINGLE]}},
+        **{"old": {"LICENSE": marks["LICENSE"]}, "parts": {}},
+    }
+    hidden = {**lies, "old": {".git/HEAD": marks[".git/HEAD"]}}
+    planted = {
+        **lies,
+        "new": {SINGLE: marks[SINGLE], ".git/hooks/pre-commit": marks[".fm-1.part"]},
+        "parts": {".git/hooks/pre-commit": ".fm-1.part"},
+    }
+    for journal in (lies, hidden, planted):
+        (folder / JOURNAL).write_text(json.dumps(journal))
+        fm.save(NEW, folder)
+        assert values(folder) == value(NEW)
+        assert all(path.exists() for path in victims)
+        assert os.listdir(folder / ".git" / "hooks") == []
+
+
+def test_beside_a_single_file_an_old_index_survives_a_save_that_fails(tmp_path: Path) -> None:
+    def both(folder: Path) -> None:
+        fm.save(OLD, folder, max_shard_size=MANY)
+        fm.save({key: tensor + 5 for key, tensor in OLD.items()}, tmp_path / "single")
+        (folder / SINGLE).write_bytes((tmp_path / "single" / SINGLE).read_bytes())  # as transformers leaves it
+
+    for at in range(1, 200):
+        folder = tmp_path / f"{at}"
+        both(folder)
+        filesystem, trace = counted(faulty(REAL, at, errno.EIO))
+        try:
+            fm.save(NEW, folder, max_shard_size=MANY, filesystem=filesystem)
+        except SaveError as error:
+            if error.committed == "no":
+                found = fm.materialize(fm.scan(folder, which="index"))
+                assert {key: tensor[0].item() for key, tensor in found.items()} == value(OLD)
+                continue
+        if all(call.outcome in ("", "FileNotFoundError") for call in trace):
+            break
+    assert values(folder) == value(NEW)
+    assert len(os.listdir(folder)) == 4
+
+
+def test_shards_of_another_writer_that_appear_meanwhile_are_not_replaced(tmp_path: Path) -> None:
+    fm.save(OLD, tmp_path)
+    stray = tmp_path / "model-00001-of-00003.safetensors"
+
+    def appear(fd: int, buffers: object, offset: int) -> int:
+        stray.write_bytes(b"of a writer that knows no locks")
+        return REAL.pwritev(fd, buffers, offset)  # type: ignore[arg-type]
+
+    plan = fm.plan_save(fm.scan(tmp_path), max_shard_size=MANY, existing=existing_checkpoint(tmp_path))
+    with pytest.raises(StalePlanError):
+        fm.apply(plan, tmp_path, filesystem=evolve(REAL, pwritev=appear))
+    assert stray.read_bytes() == b"of a writer that knows no locks"
+    assert values(tmp_path) == value(OLD)
+
+
+@pytest.mark.parametrize("variant", ["fp16", "a.b", "index", "index.json", "5", "v1.0"])
+def test_a_variant_with_dots_replaces_itself(tmp_path: Path, variant: str) -> None:
+    fm.save(OLD, tmp_path)
+    for limit in (MANY, None, MANY, MANY, None):
+        fm.save(NEW, tmp_path, variant=variant, max_shard_size=limit)
+        found = fm.materialize(fm.scan(tmp_path, variant=variant))
+        assert {key: tensor[0].item() for key, tensor in found.items()} == value(NEW)
+        assert values(tmp_path) == value(OLD)
+    assert len(os.listdir(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("variant", ["safetensors", "safetensors.index", "x.safetensors", "a-00001-of-00001"])
+def test_a_variant_that_would_be_read_as_another_name_is_refused(tmp_path: Path, variant: str) -> None:
+    with pytest.raises(PlanError):
+        fm.save(NEW, tmp_path, variant=variant)
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_interrupt_behind_the_commit_still_renames_a_text_that_is_a_link(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    fm.save(OLD, folder, config={"v": "old"})
+    (tmp_path / "texts").mkdir()
+    os.replace(folder / "config.json", tmp_path / "texts" / "c")
+    (folder / "config.json").symlink_to(tmp_path / "texts" / "c")
+    struck = []
+
+    def replace(source: str, target: str) -> None:
+        if target.endswith("/c") and not struck:
+            struck.append(target)
+            raise KeyboardInterrupt
+        REAL.replace(source, target)
+
+    with pytest.raises(KeyboardInterrupt):
+        fm.save(NEW, folder, config={"v": "new"}, filesystem=evolve(REAL, replace=replace))
+    assert values(folder) == value(NEW)
+    assert json.loads((folder / "config.json").read_text()) == {"v": "new"}
+    assert sorted(os.listdir(folder)) == ["config.json", SINGLE]
+
+
+def test_a_lock_that_was_removed_by_hand_is_not_given_back_twice(tmp_path: Path) -> None:
+    first, second = FolderLocks(REAL), FolderLocks(REAL)
+    first.take(str(tmp_path))
+    os.unlink(tmp_path / LOCK)
+    second.take(str(tmp_path))
+    first.release()
+    with pytest.raises(BusyError):
+        FolderLocks(REAL).take(str(tmp_path))
+    second.release()
+    assert os.listdir(tmp_path) == []

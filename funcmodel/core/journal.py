@@ -143,7 +143,8 @@ def parse_journal(data: bytes, *, path: str = "", limits: Limits = LIMITS) -> Jo
     if found.get("head") not in maps["new"]:
         raise fail("JOURNAL", "its head is none of the new files")
     for name in (found.get("commit"), *maps["old"], *maps["new"], *maps["parts"]):
-        if type(name) is not str or not _inside(name):
+        # Indexes may list files of folders below; what a save writes lies in the folder itself, and is never hidden.
+        if type(name) is not str or not _inside(name) or ("/" in name and name not in maps["old"]):
             raise fail("JOURNAL", f"names {name!r:.80}")
     for part in maps["parts"].values():
         if not is_part(part.rpartition("/")[2]) or "\0" in part:
@@ -152,4 +153,4 @@ def parse_journal(data: bytes, *, path: str = "", limits: Limits = LIMITS) -> Jo
 
 
 def _inside(name: str) -> bool:
-    return not any(c in name for c in "\\:\0") and {"", ".", ".."}.isdisjoint(name.split("/"))
+    return not any(c in name for c in "\\:\0") and not any(p == "" or p.startswith(".") for p in name.split("/"))

@@ -136,7 +136,12 @@ def rivals(file: str, *, suffix: str = SUFFIX) -> tuple[str, ...]:
     """
     stem, variant = _split(file, suffix)
     whole = stem if variant is None else f"{stem}.{variant}"
-    found = (f"{whole}{suffix}", f"{whole}{suffix}.index.json", index_name(stem, variant=variant, suffix=suffix))
+    dots = [at for at, c in enumerate(whole) if c == "." and 0 < at < len(whole) - 1]
+    found = (
+        f"{whole}{suffix}",
+        f"{whole}{suffix}.index.json",
+        *(f"{whole[:at]}{suffix}.index.{whole[at + 1 :]}.json" for at in reversed(dots)),
+    )
     return tuple(other for other in dict.fromkeys(found) if other != file)
 
 
@@ -162,4 +167,7 @@ def _stem(name: str, variant: str | None) -> str:
     for text in (name, variant):
         if text is not None and (not text or text.startswith(".") or any(c in "/\\:\0" or c < " " for c in text)):
             raise PlanError(f"not usable in a file name: {text!r}; a name and a variant are plain words")
+    _, numbered, count = (variant or "").rpartition("-of-")
+    if variant is not None and (SUFFIX in f".{variant}." or (numbered and count.isdecimal())):
+        raise PlanError(f"the variant {variant!r} would be read as a part of other names; choose a plain word")
     return name if variant is None else f"{name}.{variant}"

@@ -16,6 +16,7 @@ from funcmodel.run.files import READ, prefix_fingerprint
 from funcmodel.run.filesystem import REAL, FileSystem
 
 _LARGEST: Final = 64 << 20  # bytes of a journal; that is several 100,000 files
+_OURS: Final = (".safetensors", ".json")  # how the names end of what a journal can make a save remove or rename
 _GONE: Final = frozenset({errno.ENOENT, errno.ENOTDIR})
 
 
@@ -84,9 +85,10 @@ def recover(folder: str, filesystem: FileSystem, flush: Callable[[], None]) -> N
             settle(found.journal, found.holds, folder, filesystem, flush)
         unlink(filesystem, os.path.join(folder, JOURNAL))
         flush()  # while there is a journal, its parts tell the side
-    for name in names:
-        if is_part(name):
-            unlink(filesystem, os.path.join(folder, name))
+    for path in (os.path.join(folder, name) for name in names if is_part(name)):
+        left = lstat(path, filesystem)
+        if left is not None and stat.S_ISREG(left.st_mode):
+            unlink(filesystem, path)
 
 
 def settle(journal: Journal, holds: Side, folder: str, filesystem: FileSystem, flush: Callable[[], None]) -> None:
@@ -98,7 +100,8 @@ def settle(journal: Journal, holds: Side, folder: str, filesystem: FileSystem, f
         for name in batch:
             path = os.path.join(folder, name)
             expected = journal.old[name] if holds == "new" else journal.new[name]
-            if _inside(filesystem, folder, path) and _fingerprint(filesystem, path) == expected:
+            ours = name.endswith(_OURS) and _inside(filesystem, folder, path)
+            if ours and _fingerprint(filesystem, path) == expected:
                 unlink(filesystem, path)
         if batch:
             flush()
@@ -117,6 +120,7 @@ def _name_pending(journal: Journal, folder: str, filesystem: FileSystem) -> bool
         source, target = os.path.join(folder, part), filesystem.realpath(os.path.join(folder, name))
         if (
             name != journal.commit
+            and name.endswith(_OURS)
             and _inside(filesystem, folder, source)
             and _inside(filesystem, folder, target)
             and _fingerprint(filesystem, source) == journal.new.get(name, "")
@@ -162,6 +166,8 @@ def _fingerprint(filesystem: FileSystem, path: str) -> str | None:
     except OSError as error:
         if error.errno in _GONE or error.errno in (errno.ELOOP, errno.ENXIO):
             return None
+        if error.errno == errno.EACCES:
+            return "unreadable"  # another user's; it can be replaced all the same
         raise
     try:
         found = filesystem.fstat(fd)
@@ -200,4 +206,4 @@ def _read(filesystem: FileSystem, fd: int, start: int, stop: int) -> bytes:
 def _inside(filesystem: FileSystem, folder: str, path: str) -> bool:
     """Whether a file lies in the folder, however its own folder is reached. A link in its place is judged as itself."""
     home = filesystem.realpath(os.path.dirname(path))
-    return home == folder or home.startswith(os.path.join(folder, ""))
+    return home == os.path.dirname(path) and (home == folder or home.startswith(os.path.join(folder, "")))

@@ -63,13 +63,15 @@ class FolderLocks:
 
     def release(self) -> None:
         """Give everything back. The file goes first: who opened it meanwhile sees that it is gone, and tries again."""
-        held, self._held = self._held, {}
-        for path, fd in held.items():
+        while self._held:
+            path, fd = next(iter(self._held.items()))
             try:
-                self.filesystem.unlink(path)
+                if self._still_there(path, fd):
+                    self.filesystem.unlink(path)
             except OSError:
-                continue  # a file that nobody holds is no lock
+                pass  # a file that nobody holds is no lock
             finally:
+                del self._held[path]
                 _close(self.filesystem, fd)
 
     def _still_there(self, path: str, fd: int) -> bool:

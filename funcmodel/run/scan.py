@@ -219,12 +219,15 @@ def _chosen(where: str, names: Sequence[str], job: _Job, *, decided: Container[s
         if choice is None:
             continue
         single = choice.single if job.which != "index" else None
-        indexes = choice.indexes if job.which != "single" and single not in decided else ()
+        indexes = choice.indexes if job.which != "single" else ()
         if len(indexes) > 1:
             raise _ambiguous(where, indexes)
         index = _index(os.path.join(where, indexes[0]), job.root(where), format_, job) if indexes else None
         if index is not None and single is not None and single not in index.weight_map.values():
-            raise _ambiguous(where, (single, *indexes))
+            if single in decided:
+                index = None
+            else:
+                raise _ambiguous(where, (single, *indexes))
         if index is not None:
             return _sharded(where, where, index, names, format_, job)
         if single is not None:

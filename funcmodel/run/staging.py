@@ -11,6 +11,8 @@ index:
 | a single file    | shards        | the removal of the old file                  |                    |
 | shards           | a single file | the rename of that file                      | index, then shards |
 | shards           | shards        | the rename of the new index over the old one | the old shards     |
+| both of them     | shards        | the same; who looks for a single file first  | the old file,      |
+|                  |               | sees the old one until it is removed         | the old shards     |
 | another format   | either        | what it would be for nothing                 |                    |
 
 Shards get their names before the commit; they are names that the old index does not list. Beside another format
@@ -78,6 +80,7 @@ class Transaction:
     _published: list[str] = field(factory=list, init=False)
     _made: list[str] = field(factory=list, init=False)
     _mark: str = field(factory=lambda: os.urandom(4).hex(), init=False)
+    _pending: list[str] = field(factory=list, init=False)
     _numbers: Iterator[int] = field(factory=count, init=False)
     _journal: Journal | None = field(default=None, init=False)
     _locks: FolderLocks = field(init=False)
@@ -89,10 +92,10 @@ class Transaction:
         try:
             self._make_folder()
             self._own(self.folder)
+            return self
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -160,6 +163,7 @@ class Transaction:
             StalePlanError: a name that the plan takes for free is taken.
             OSError: the kernel's; `committed` says how far it went.
         """
+        self._check_folder()
         publish = self._unchanged_left_out()
         journal = self._planned(publish)
         replacing = [name for name in publish.renames if name in journal.old]
@@ -167,14 +171,15 @@ class Transaction:
             self._write_journal(journal)
         early = [name for name in publish.renames if name not in replacing]
         for name in early:
-            self._published.append(self._staged[name].final)
+            self._published.append(name)
             self._rename(name)
         if early:
             self._flush_folders()
         if journal.by == "removal":
-            self._published.append(self._staged[publish.commit].final)
+            self._published.append(publish.commit)
             self._rename(publish.commit)
             self._flush_folders()
+        self._pending = replacing
         self.committed = "unknown"
         if journal.by == "removal":
             unlink(self.filesystem, os.path.join(self.folder, journal.commit))
@@ -182,10 +187,7 @@ class Transaction:
             self._rename(publish.commit)
         self._flush_folders()
         self.committed = "yes"
-        for name in replacing:
-            self._rename(name)
-        if replacing:
-            self._flush_folders()
+        self._rename_pending()
         self._remove([name for name in publish.removes if name != journal.commit])
         if self._journal is not None:
             unlink(self.filesystem, os.path.join(self.folder, JOURNAL))
@@ -213,18 +215,31 @@ class Transaction:
         except OSError:
             return False
 
+    def _rename_pending(self) -> None:
+        """Give texts that replace others their names."""
+        renamed = bool(self._pending)
+        while self._pending:
+            if lstat(self._staged[self._pending[0]].temporary, self.filesystem):
+                self._rename(self._pending[0])
+            del self._pending[0]
+        if renamed:
+            self._flush_folders()
+
     def _finish(self) -> None:
         """After an interrupt behind the commit: do what was left to do."""
         self._flush_folders()
         self.committed = "yes"
+        self._rename_pending()
         if self._journal is not None:
             settle(self._journal, "new", self.folder, self.filesystem, self._flush_folders)
             unlink(self.filesystem, os.path.join(self.folder, JOURNAL))
 
     def _discard(self) -> None:
         """Remove every trace, in an order that leaves the old checkpoint the visible one wherever it stops."""
-        for path in reversed(self._published):
-            unlink(self.filesystem, path)
+        for name in reversed(self._published):
+            staged = self._staged[name]
+            if lstat(staged.temporary, self.filesystem) is None:  # else what has its name is not ours
+                unlink(self.filesystem, staged.final)
         if self._published:
             self._flush_folders()
         if self._journal is not None:
@@ -292,6 +307,10 @@ class Transaction:
                 continue
         return None
 
+    def _own_name(self, name: str) -> bool:
+        home = os.path.dirname(os.path.join(self.folder, name))
+        return self.filesystem.realpath(home) == home
+
     def _there(self, name: str) -> bool:
         return lstat(os.path.join(self.folder, name), self.filesystem) is not None
 
@@ -333,8 +352,9 @@ class Transaction:
 
     def _planned(self, publish: Publish) -> Journal:
         single = [name for name in rivals(publish.commit) if name.endswith(SUFFIX) and name in publish.removes]
-        by_removal = bool(single) and self._there(single[0])
-        files = frozenset((*publish.removes, *publish.renames, publish.commit))
+        by_removal = bool(single) and self._there(single[0]) and not self._there(publish.commit)
+        removes = [name for name in publish.removes if self._own_name(name)]
+        files = frozenset((*removes, *publish.renames, publish.commit))
         parts = {name: os.path.relpath(staged.temporary, self.folder) for name, staged in self._staged.items()}
         return Journal(
             commit=single[0] if by_removal else publish.commit,
@@ -364,7 +384,8 @@ class Transaction:
         first, rest = partitioned(names)
         for batch in (first, rest):
             for name in batch:
-                unlink(self.filesystem, os.path.join(self.folder, name))
+                if self._own_name(name):
+                    unlink(self.filesystem, os.path.join(self.folder, name))
             if batch:
                 self._flush_folders()
 
