@@ -90,6 +90,7 @@ LARGE: list[tuple[str, Any, Callable[[], tuple[str, int]]]] = [
     ),
     ("38 deep", "JSON_DEPTH", lambda: ('{"a":' + "[" * (30 * N) + "]" * (30 * N) + "}", 0)),
     ("38 unbalanced", "JSON_DEPTH", lambda: ('{"a":' + "[" * (60 * N) + "}", 0)),
+    ("38 quotes that never close", "ENTRY_FIELDS", lambda: ('{"w":"' + '\\"' * (30 * N) + "}", 0)),
     ("38 wide", "ENTRY_FIELDS", lambda: ('{"a":[' + "[]," * (20 * N) + "[]]}", 0)),
     ("38 wide, of objects", "ENTRY_FIELDS", lambda: ('{"a":{"b":[' + "{}," * (20 * N) + "{}]}}", 0)),
     ("40 overlapping", "OVERLAP", lambda: ("{" + ",".join(entry(i, 0, 1) for i in range(N)) + "}", 1)),

@@ -178,3 +178,15 @@ def test_blobs_beside_snapshots_belong_to_a_snapshot(tmp_path: Path) -> None:
     for root, name in ((snapshot, "x"), (tmp_path / "repo" / "snapshots", "1234/w")):
         with pytest.raises(UnsafePathError):
             open_regular(snapshot / name if root == snapshot else root / name, root=root)
+
+
+def test_a_folder_named_through_a_link_and_back_contains_no_more_than_itself(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "x" / "y").mkdir(parents=True)
+    (tmp_path / "x" / "b").mkdir()
+    (tmp_path / "a" / "b" / "secret").write_bytes(b"secret")
+    (tmp_path / "a" / "link").symlink_to(tmp_path / "x" / "y")
+    (tmp_path / "x" / "b" / "m").symlink_to(tmp_path / "a" / "b" / "secret")
+    root = f"{tmp_path}/a/link/../b"  # is x/b, though its letters say a/b
+    with pytest.raises(UnsafePathError):
+        open_regular(f"{root}/m", root=root)

@@ -546,5 +546,5 @@ def test_limits_are_arguments(tmp_path: Path) -> None:
     assert caught.value.code == "INDEX_TOO_LARGE"
     (tmp_path / "config.json").write_text("{}".ljust(30))
     with pytest.raises(CheckpointError) as caught:
-        scan_checkpoint(tmp_path, limits=Limits(index_bytes=20, ndim=65))
+        scan_checkpoint(tmp_path, limits=Limits(config_bytes=20, ndim=65))
     assert caught.value.code == "INDEX_TOO_LARGE"

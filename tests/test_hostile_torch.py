@@ -376,6 +376,12 @@ def test_case_74_keys_that_are_no_text(key: Any, path: Path) -> None:
     refused(path, "BIN_KEY_TYPE")
 
 
+def test_case_74_integers_chosen_to_collide_cost_no_more_than_others(path: Path) -> None:
+    keys = 60_000  # hashed as integers they would take a minute
+    body = b"".join(b"\x8a\x0b" + (k * (2**61 - 1)).to_bytes(11, "little", signed=True) + b"N" for k in range(keys))
+    refused(write(path, b"\x80\x02}(" + body + b"u."), "BIN_KEY_TYPE")
+
+
 @pytest.mark.parametrize(
     ("code", "key"),
     [("NAME_EMPTY", ""), ("NAME_CONTROL", "a\nb"), ("NAME_TOO_LONG", "x" * 5000), ("BAD_UTF8", "\ud800")],

@@ -421,3 +421,11 @@ def test_a_lock_that_was_removed_by_hand_is_not_given_back_twice(tmp_path: Path)
         FolderLocks(REAL).take(str(tmp_path))
     second.release()
     assert os.listdir(tmp_path) == []
+
+
+def test_an_index_that_is_too_large_to_read_lists_nothing(tmp_path: Path) -> None:
+    (tmp_path / INDEX).touch()
+    os.truncate(tmp_path / INDEX, 20 << 30)
+    fm.save(NEW, tmp_path)
+    assert values(tmp_path) == value(NEW)
+    assert os.listdir(tmp_path) == [SINGLE]

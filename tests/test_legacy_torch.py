@@ -1,6 +1,8 @@
 """Files that torch wrote before version 1.6: refused, unless the caller names the format that reads them."""
 
+import io
 import pickle
+import pickletools
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +152,16 @@ def test_mutations_give_a_plan_or_a_typed_error(path: Path) -> None:
             )
         }
     )
+
+
+def test_a_storage_that_the_file_does_not_list_is_not_filled_with_whatever_memory_holds(tmp_path: Path) -> None:
+    data = legacy(tmp_path / "m.pt", {"w": torch.zeros(50)}).read_bytes()
+    stream = io.BytesIO(data)
+    for _ in range(4):
+        for _opcode in pickletools.genops(stream):
+            continue
+    evil = tmp_path / "evil.pt"
+    evil.write_bytes(data[: stream.tell()] + pickle.dumps([], 2) + bytes(400))
+    with pytest.raises(HeaderError) as caught:
+        fm.scan(evil, formats=LEGACY)
+    assert caught.value.code == "BIN_LEGACY"

@@ -12,7 +12,8 @@ class Limits:
 
     Attributes:
         header_bytes: length of a safetensors header; safetensors itself refuses more than the default.
-        index_bytes: size of an index file, and of a `config.json`.
+        index_bytes: size of an index file.
+        config_bytes: size of a `config.json`, whose whole value is built.
         ndim: dimensions of a tensor.
         name_chars: length of a tensor's name.
         json_depth: nesting of a header or an index.
@@ -21,6 +22,7 @@ class Limits:
 
     header_bytes: int = 100_000_000
     index_bytes: int = 256_000_000
+    config_bytes: int = 4_000_000
     ndim: int = 64
     name_chars: int = 4096
     json_depth: int = 16

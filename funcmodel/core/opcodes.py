@@ -18,7 +18,6 @@ _DEEPEST: Final = 256  # open marks: torch.save needs one or two per level of ne
 _FREE: Final = 1 << 18  # containers and memo entries that any pickle may have; beyond, one per 4 bytes
 _LONGEST_INT: Final = 256
 _U16, _U32, _I32, _U64, _F64 = Struct("<H"), Struct("<I"), Struct("<i"), Struct("<Q"), Struct(">d")
-_SIMPLE: Final = (str, int, float, bool, bytes, type(None))
 
 
 @frozen(eq=False)
@@ -210,8 +209,8 @@ class _Machine:
         for key, value in zip(items[::2], items[1::2], strict=True):
             if type(key) is str and key in target:
                 raise self.fail("DUPLICATE_KEY", f"its pickle sets the key {key[:80]!r} twice")
-            # Hashing a nested tuple recurses in C, and such keys have no meaning here.
-            target[key if type(key) in _SIMPLE else Inert("key")] = value
+            # Integers can be chosen to collide, and hashing a nested tuple recurses in C; neither means anything here.
+            target[key if type(key) is str else Inert(type(key).__name__)] = value
 
     # -- what a pickle would call ------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ Fail = Callable[[str, str], CheckpointError]
 
 _ALL: Final = bytes(range(256))
 _NOT_STRUCTURE: Final = bytes(b for b in _ALL if b not in b'[]{}"')
-_STRING_OR_BRACKET: Final = re.compile(rb'[\[{][^\[\]{}"]*+[\]}]|[\[\]{}]|"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+_STRING_OR_BRACKET: Final = re.compile(rb'[\[{][^\[\]{}"]*+[\]}]|[\[\]{}]|"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _BRACES_AS_BRACKETS: Final = bytes.maketrans(b"{}", b"[]")
 _DIGITS_ALIKE: Final = bytes(ord("0") if b in b"0123456789" else ord(" ") for b in _ALL)
 

@@ -78,13 +78,14 @@ def state_dict(root: Any, at: tuple[str, ...], *, path: str, limits: Limits) -> 
         if type(found) is not dict or key not in found:
             raise _lost(root, at[: depth + 1], path)
         found = found[key]
-    where = f" under {'/'.join(at)!r:.200}" if at else ""
+    where = f" under {'/'.join(map(str, at))!r:.200}" if at else ""
     if type(found) is not dict:
         what = {PickledTensor: "tensor"}.get(type(found), type(found).__name__)
         raise _error("BIN_NOT_A_DICT", path, f"holds a {what}{where}, expected a dict of tensors", do=_SAVE)
     for key in found:
         if type(key) is not str:
-            what = f"a key of type {type(key).__name__}{where}, expected text"
+            kind = getattr(key, "name", type(key).__name__)
+            what = f"a key of type {kind}{where}, expected text"
             raise _error("BIN_KEY_TYPE", path, f"holds {what}", do=_SAVE)
         if not (key.isascii() and key.isprintable() and 0 < len(key) <= limits.name_chars):
             wrong = name_error(key, limits)
@@ -272,7 +273,7 @@ def _choices(candidates: tuple[tuple[str, ...], ...]) -> str:
 
 def _lost(root: Any, at: tuple[str, ...], path: str) -> HeaderError:
     found = _candidates(root)
-    what = f"holds no {'/'.join(at)!r:.200}"
+    what = f"holds no {'/'.join(map(str, at))!r:.200}"
     return _error("BIN_NO_SUCH_KEY", path, what, key=at[-1], do=_choices(found), candidates=found)
 
 

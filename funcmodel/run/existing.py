@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from funcmodel.core.folder import leftovers, sidecars
 from funcmodel.core.index import parse_index
 from funcmodel.core.journal import JOURNAL
-from funcmodel.errors import CheckpointError
+from funcmodel.core.limits import LIMITS
+from funcmodel.errors import ChangedError, CheckpointError
 from funcmodel.plan.sharding import SUFFIX, rivals, single_name
 from funcmodel.records.checkpoint import CheckpointSpec, FileSpec, IndexSpec
 from funcmodel.records.mapping import FrozenMap
@@ -116,6 +117,8 @@ def listed(path: str) -> frozenset[str]:
     """The files that an index names; none if it cannot be read, for then nobody finds them through it."""
     try:
         with open_regular(path) as file:
+            if file.nbytes > LIMITS.index_bytes:
+                return frozenset()
             return frozenset(parse_index(file.read(0, file.nbytes), path=path).weight_map.values())
-    except CheckpointError:
+    except (ChangedError, CheckpointError):
         return frozenset()

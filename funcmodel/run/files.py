@@ -200,7 +200,7 @@ def open_regular(path: str | os.PathLike[str], *, root: str | os.PathLike[str] |
         if not stat.S_ISREG(found.st_mode):
             raise _irregular(name)
         if root is not None:
-            _check_inside(name, fd, found, os.path.abspath(root))
+            _check_inside(name, fd, found, os.fspath(root))
         return SourceFile(name, fd, found.st_size, _identity(found))
     except BaseException:
         os.close(fd)
@@ -219,7 +219,8 @@ def _irregular(name: str) -> UnsafePathError:
 
 def _check_inside(name: str, fd: int, found: os.stat_result, root: str) -> None:
     target = _resolved(name, fd, found)
-    if _within(target, root):  # no part of a resolved path is a link, so none of the folder is either
+    # No part of a resolved path is a link, so none of the folder is either; ".." may mean another one, though.
+    if ".." not in root.split(os.sep) and _within(target, os.path.abspath(root)):
         return
     root = os.path.realpath(root)
     if _within(target, root) or os.path.dirname(target) in _blob_folders(root):

@@ -15,7 +15,7 @@ from funcmodel.run.destinations import lstat
 from funcmodel.run.files import READ, prefix_fingerprint
 from funcmodel.run.filesystem import REAL, FileSystem
 
-_LARGEST: Final = 64 << 20  # bytes of a journal; that is several 100,000 files
+_LARGEST: Final = 8 << 20  # bytes of a journal; that is some 30,000 files
 _OURS: Final = (".safetensors", ".json")  # how the names end of what a journal can make a save remove or rename
 _GONE: Final = frozenset({errno.ENOENT, errno.ENOTDIR})
 

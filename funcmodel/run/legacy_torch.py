@@ -5,15 +5,16 @@ scan it and once more when a plan that reads it is applied. Then all its tensors
 """
 
 import io
+import pickletools
 from bisect import bisect_right
 from hashlib import blake2b
-from typing import Any, Final
+from typing import Any, BinaryIO, Final, cast
 
 import torch
 from attrs import evolve, frozen
 
 from funcmodel.core.limits import Limits
-from funcmodel.core.opcodes import Inert
+from funcmodel.core.opcodes import Inert, unpickled
 from funcmodel.core.torch_layout import state_dict, stored_tensors
 from funcmodel.core.torch_pickle import PickledStorage, PickledTensor
 from funcmodel.errors import FuncmodelError, HeaderError
@@ -185,6 +186,8 @@ def _load(file: SourceFile) -> Any:
         raise _error(file.path, "BIN_LEGACY_ZIP", "is a zip, as torch writes since 1.6", do=do)
     try:
         with io.BufferedReader(_Stream(file), _CHUNK) as stream:
+            _check_storages(cast(BinaryIO, stream), file.path)
+            stream.seek(0)
             return torch.load(stream, map_location="cpu", weights_only=True)
     except FuncmodelError:
         raise
@@ -192,6 +195,47 @@ def _load(file: SourceFile) -> Any:
         raise _error(
             file.path, "BIN_LEGACY", f"torch.load refuses it ({type(error).__name__}: {error!s:.300})"
         ) from error
+
+
+def _check_storages(stream: BinaryIO, path: str) -> None:
+    """Refuse a file whose list of storages omits one that a tensor names: torch.load gives it whatever memory holds.
+
+    A legacy file is five pickles, then the bytes of the storages in the order of the fifth.
+    """
+
+    def fail(code: str, found: str) -> HeaderError:
+        return _error(path, "BIN_LEGACY", f"{found} ({code})")
+
+    words = _Keys()
+    values: list[Any] = []
+    for _ in range(5):
+        start = stream.tell()
+        for _opcode in pickletools.genops(stream):
+            continue
+        stop = stream.tell()
+        stream.seek(start)
+        values.append(unpickled(stream.read(stop - start), words, fail))
+    listed = values[4]
+    if type(listed) is not list or not words.keys <= {key for key in listed if type(key) is str}:
+        raise _error(path, "BIN_LEGACY", "lists other storages than its tensors name")
+
+
+class _Keys:
+    """A `Vocabulary` that makes nothing of anything, and remembers which storages are named."""
+
+    def __init__(self) -> None:
+        self.keys: set[str] = set()
+
+    def find(self, name: str) -> Any:
+        return Inert(name)
+
+    def call(self, function: Any, args: tuple[Any, ...]) -> Any:  # noqa: ARG002
+        return Inert("result")
+
+    def stored(self, pid: Any) -> Any:
+        if type(pid) is tuple and len(pid) > 2 and type(pid[2]) is str:
+            self.keys.add(pid[2])
+        return Inert("storage")
 
 
 class _Stream(io.RawIOBase):

@@ -201,7 +201,8 @@ def _look(where: str, there: Mapping[str, tuple[int, ...]], job: _Job, *, config
     if not config or (_CONFIG not in names and _CONFIG not in stands.pending):
         return found
     path = os.path.join(where, stands.pending.get(_CONFIG, _CONFIG))
-    return evolve(found, config=parse_config(_text(path, job.root(where), job), path=os.path.join(where, _CONFIG)))
+    text = _text(path, job.root(where), job.limits.config_bytes)
+    return evolve(found, config=parse_config(text, path=os.path.join(where, _CONFIG)))
 
 
 def _chosen(where: str, names: Sequence[str], job: _Job, *, decided: Container[str]) -> CheckpointSpec:
@@ -270,11 +271,11 @@ def _header(path: str, root: str | None, format_: Format, job: _Job) -> FileSpec
         return format_.scan(file, job.limits)
 
 
-def _text(path: str, root: str | None, job: _Job) -> bytes:
+def _text(path: str, root: str | None, most: int) -> bytes:
     with open_regular(path, root=root) as file:
-        if file.nbytes > job.limits.index_bytes:
+        if file.nbytes > most:
             raise CheckpointError(
-                f"{path}: {file.nbytes} bytes of JSON, at most {job.limits.index_bytes} are read",
+                f"{path}: {file.nbytes} bytes of JSON, at most {most} are read; if you trust it, pass limits=...",
                 code="INDEX_TOO_LARGE",
                 path=path,
             )
@@ -282,7 +283,8 @@ def _text(path: str, root: str | None, job: _Job) -> bytes:
 
 
 def _index(path: str, root: str | None, format_: Format, job: _Job) -> IndexSpec:
-    return parse_index(_text(path, root, job), path=path, limits=job.limits, suffixes=(format_.suffix,))
+    text = _text(path, root, job.limits.index_bytes)
+    return parse_index(text, path=path, limits=job.limits, suffixes=(format_.suffix,))
 
 
 def _sharded(
