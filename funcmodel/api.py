@@ -9,6 +9,7 @@ from torch import nn
 
 from funcmodel.bind.assign import assign
 from funcmodel.bind.inspect import live_tensors, module_spec
+from funcmodel.core.limits import check_choice
 from funcmodel.errors import PlanError, StalePlanError
 from funcmodel.plan.loading import checked, plan_load
 from funcmodel.plan.saving import live_plan, plan_save
@@ -217,6 +218,7 @@ def save(
         ...     list(fm.scan(folder))
         ['bias', 'weight']
     """
+    check_choice("extra_state", extra_state, ("error", "drop"))
     folder, name = os.fspath(into), "model"
     if folder.endswith(SUFFIX) and not os.path.isdir(folder):
         folder, name = os.path.split(folder.removesuffix(SUFFIX))

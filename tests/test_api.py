@@ -112,3 +112,20 @@ def test_a_config_is_written_beside_the_weights(tmp_path: Path) -> None:
 def test_what_is_no_plan_is_a_type_error(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         fm.apply(fm.StateDictPlan({}), tmp_path)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("option", ["durability", "symlinks", "digests", "digest", "aliases", "extra_state"])
+def test_a_misspelled_option_of_a_save_is_refused(tmp_path: Path, option: str) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011
+        fm.save(nn.Linear(2, 2), tmp_path / "out", **{option: "ful"})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["commit", "preflight", "digest"])
+def test_a_misspelled_option_of_a_load_is_refused(tmp_path: Path, option: str) -> None:
+    fm.save(nn.Linear(2, 2), tmp_path)
+    with pytest.raises(ValueError):  # noqa: PT011
+        fm.load(nn.Linear(2, 2), tmp_path, **{option: "inplace"})
+    for name in ("symlinks", "which"):
+        with pytest.raises(ValueError):  # noqa: PT011
+            fm.scan(tmp_path, **{name: "contain"})

@@ -12,6 +12,7 @@ from funcmodel.bind.inspect import PARAMETER
 from funcmodel.bind.skeleton import forget_draws
 from funcmodel.bind.target import Target, resolved, same_device
 from funcmodel.core.build import index
+from funcmodel.core.limits import check_choice
 from funcmodel.core.shapes import spec_of
 from funcmodel.errors import ActionError, DigestError, PlanError, StalePlanError, TieConflictError
 from funcmodel.records.expressions import Expr
@@ -75,6 +76,8 @@ def assign(
         >>> assign(plan, net).weight.tolist()
         [[3.0, 3.0]]
     """
+    check_choice("commit", commit, ("swap", "in_place"))
+    check_choice("preflight", preflight, ("headers", "read"))
     target = resolved(plan, module)
     read = _Reader(live, formats, Hashed() if digest == "check" else digest)
     beside = _drawn(target, module)

@@ -32,6 +32,22 @@ class Limits:
 LIMITS: Final = Limits()
 
 
+def check_choice(option: str, value: object, choices: tuple[object, ...]) -> None:
+    """Refuse an option that is none of its choices: a misspelled one must not be taken for the weaker one.
+
+    Raises:
+        ValueError: it is none of them.
+
+    Example:
+        >>> check_choice("durability", "ful", ("full", "none"))
+        Traceback (most recent call last):
+        ...
+        ValueError: durability='ful': expected one of 'full', 'none'
+    """
+    if value not in choices:
+        raise ValueError(f"{option}={value!r}: expected one of {', '.join(map(repr, choices))}")
+
+
 def name_error(name: str, limits: Limits = LIMITS) -> tuple[str, str] | None:
     r"""Why a text cannot be a tensor's name: a code and words; None where it can.
 

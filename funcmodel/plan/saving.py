@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Final, Literal, TypeAlias, get_args
 
 from funcmodel.core.index import render_config
-from funcmodel.core.limits import Limits, name_error
+from funcmodel.core.limits import Limits, check_choice, name_error
 from funcmodel.core.lowering import leaves
 from funcmodel.core.shapes import spec_of
 from funcmodel.core.wire import DIGEST
@@ -116,8 +116,8 @@ def plan_save(
         >>> plan_save(plan).actions[-1].commit
         'model.safetensors'
     """
-    if digests not in get_args(Digests):
-        raise ValueError(f"digests must be 'none' or 'sha256', found {digests!r}")
+    check_choice("digests", digests, get_args(Digests))
+    check_choice("aliases", aliases, get_args(Aliases))
     source = dict(source.items())
     specs = {key: spec_of(expr) for key, expr in source.items()}
     _check_storable(specs)

@@ -2,13 +2,13 @@
 
 import os
 from collections.abc import Container, Mapping, Sequence
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, TypeAlias, get_args
 
 from attrs import evolve, frozen
 
 from funcmodel.core.folder import choose, is_companion, is_known, leftovers, sidecars
 from funcmodel.core.index import check_agreement, parse_config, parse_index
-from funcmodel.core.limits import LIMITS, Limits
+from funcmodel.core.limits import LIMITS, Limits, check_choice
 from funcmodel.errors import (
     AmbiguousCheckpointError,
     ChangedError,
@@ -145,6 +145,10 @@ class _Job:
     limits: Limits
     symlinks: Symlinks
     key: tuple[str, ...]
+
+    def __attrs_post_init__(self) -> None:
+        check_choice("which", self.which, (None, *get_args(Which)))
+        check_choice("symlinks", self.symlinks, get_args(Symlinks))
 
     def root(self, folder: str) -> str | None:
         return folder if self.symlinks == "contained" else None

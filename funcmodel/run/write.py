@@ -4,13 +4,14 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, get_args
 
 import torch
 from attrs import frozen
 
 from funcmodel.core.folder import leftovers, sidecars
 from funcmodel.core.index import parse_config, render_index
+from funcmodel.core.limits import check_choice
 from funcmodel.core.shapes import spec_of
 from funcmodel.core.wire import BLANK, fingerprint, with_digests
 from funcmodel.errors import PlanError, UnsafePathError
@@ -85,6 +86,8 @@ def write(
     """
     from funcmodel.run.staging import Transaction  # who only loads needs none of it
 
+    check_choice("symlinks", symlinks, get_args(Symlinks))
+    check_choice("durability", durability, get_args(Durability))
     publish = _publish(plan)
     where = _folder(os.fspath(into), publish)
     if symlinks == "refuse" and os.path.islink(where):
