@@ -63,6 +63,16 @@ class _Decoded:
             offset += len(buffer)
 
 
+def source(format_: Format, file: SourceFile) -> Source:
+    """An open file, read as tensors hold its bytes.
+
+    Raises:
+        CheckpointError: the file cannot be decoded.
+    """
+    read = range_reader(format_, file)
+    return file if read is None else _Decoded(file, read)
+
+
 def memory(nbytes: int) -> memoryview:
     """Fresh writable memory that starts at a multiple of 64 and lives as long as a view of it does.
 
@@ -152,8 +162,7 @@ def opened(
         for ref in refs:
             if ref not in files:
                 file = files[ref] = stack.enter_context(open_source(ref, formats=formats))
-                read = range_reader(format_named(ref.format, formats), file)
-                sources[ref] = file if read is None else _Decoded(file, read)
+                sources[ref] = source(format_named(ref.format, formats), file)
         if len(files) > 1:  # one that was replaced before the next was opened is of another generation
             for file in files.values():
                 file.verify_named()

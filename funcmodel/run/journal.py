@@ -3,7 +3,8 @@
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from attrs import frozen
@@ -17,7 +18,7 @@ from funcmodel.run.filesystem import REAL, FileSystem
 
 _LARGEST: Final = 8 << 20  # bytes of a journal; that is some 30,000 files
 _OURS: Final = (".safetensors", ".json")  # how the names end of what a journal can make a save remove or rename
-_GONE: Final = frozenset({errno.ENOENT, errno.ENOTDIR})
+_ABSENT: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO})
 
 
 @frozen
@@ -162,35 +163,31 @@ def _fingerprints(filesystem: FileSystem, folder: str, names: set[str]) -> dict[
 def _fingerprint(filesystem: FileSystem, path: str) -> str | None:
     """The fingerprint of a regular file; None where there is none."""
     try:
-        fd = filesystem.open(path, READ, 0)
-    except OSError as error:
-        if error.errno in _GONE or error.errno in (errno.ELOOP, errno.ENXIO):
-            return None
-        if error.errno == errno.EACCES:
-            return "unreadable"  # another user's; it can be replaced all the same
-        raise
-    try:
-        found = filesystem.fstat(fd)
-        if not stat.S_ISREG(found.st_mode):
-            return None
-        return prefix_fingerprint(lambda start, stop: _read(filesystem, fd, start, stop), found.st_size)
-    finally:
-        filesystem.close(fd)
+        with _regular(filesystem, path) as (fd, size):
+            return prefix_fingerprint(lambda start, stop: _read(filesystem, fd, start, stop), size) if fd >= 0 else None
+    except PermissionError:
+        return "unreadable"  # another user's; it can be replaced all the same
 
 
 def _content(filesystem: FileSystem, path: str) -> bytes:
     """A small file, whole; one that is missing, irregular or too large is no content."""
+    with _regular(filesystem, path) as (fd, size):
+        return _read(filesystem, fd, 0, size) if 0 <= size <= _LARGEST else b""
+
+
+@contextmanager
+def _regular(filesystem: FileSystem, path: str) -> Iterator[tuple[int, int]]:
+    """The descriptor and the size of a regular file, -1 and -1 where there is none."""
     try:
         fd = filesystem.open(path, READ, 0)
     except OSError as error:
-        if error.errno in _GONE or error.errno in (errno.ELOOP, errno.ENXIO):
-            return b""
-        raise
+        if error.errno not in _ABSENT:
+            raise
+        yield -1, -1
+        return
     try:
         found = filesystem.fstat(fd)
-        if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST:
-            return b""
-        return _read(filesystem, fd, 0, found.st_size)
+        yield (fd, found.st_size) if stat.S_ISREG(found.st_mode) else (-1, -1)
     finally:
         filesystem.close(fd)
 

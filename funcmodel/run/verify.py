@@ -11,10 +11,11 @@ from funcmodel.records.actions import Publish
 from funcmodel.records.checkpoint import FileSpec, StoredTensor
 from funcmodel.records.expressions import FileRef
 from funcmodel.records.reports import Damage, VerifyReport
-from funcmodel.run.digests import Reader, Span, differing, failure, hashes, known, own_check, span, whole_span
+from funcmodel.run.digests import Span, differing, failure, hashes, known, own_check, span, whole_span
+from funcmodel.run.engine import source
 from funcmodel.run.files import SourceFile
 from funcmodel.run.filesystem import REAL, FileSystem
-from funcmodel.run.formats import FORMATS, Format, format_named, open_source, range_reader
+from funcmodel.run.formats import FORMATS, Format, format_named, open_source
 from funcmodel.run.scan import Symlinks, Which, scan_checkpoint
 from funcmodel.run.staging import Transaction
 
@@ -129,7 +130,7 @@ def record_digests(
             if found.inside or found.whole:
                 continue
             places = {name: Recorded(at.start, at.stop, "") for name, at in spec.tensors.items()}
-            read = _reader(file, format_)
+            read = source(format_, file).readv_into
             values = hashes([span(file, read, name, at) for name, at in places.items()])
             file.verify_unchanged()
         digests = {name: at._replace(sha256=value) for (name, at), value in zip(places.items(), values, strict=True)}
@@ -148,26 +149,12 @@ def _compared(file: SourceFile, spec: FileSpec, format_: Format) -> tuple[list[S
     found = known(file, _ref(spec), spec)
     damage = list(found.damage)
     same = ((n, at) for n, at in found.tensors.items() if n in spec.tensors and _place(spec.tensors[n]) == at[:2])
-    read = _reader(file, format_) if found.tensors else file.readv_into
+    read = source(format_, file).readv_into if found.tensors else file.readv_into
     spans = [span(file, read, name, at) for name, at in same]
     if found.whole is not None:
         spans.append(whole_span(file, found.whole))
     damage += own_check(file, format_)
     return spans, damage, found.whole is not None or format_.verify is not None
-
-
-def _reader(file: SourceFile, format_: Format) -> Reader:
-    """Reads a file's bytes as tensors hold them."""
-    decoded = range_reader(format_, file)
-    if decoded is None:
-        return file.readv_into
-
-    def read(buffers: Sequence[memoryview], offset: int) -> None:
-        for buffer in buffers:
-            decoded(file, buffer, offset)
-            offset += len(buffer)
-
-    return read
 
 
 def _place(stored: StoredTensor) -> tuple[int, int]:
