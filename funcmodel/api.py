@@ -72,7 +72,8 @@ def apply(plan: LoadPlan | SavePlan, to: Any, **options: Any) -> nn.Module | Che
     Raises:
         StalePlanError: a file or the module changed since it was planned. Nothing was touched.
         CheckpointError: the bytes on disk are wrong; a `DigestError` where only a digest tells.
-        ActionError: an action failed; `.done` and `.torn` say what an "in_place" load left behind.
+        ActionError: an action failed; `.done` and `.torn` say what an "in_place" load left behind. So they do on a
+            `KeyboardInterrupt` in the middle of one.
         SaveError: a save failed; `.committed` says whether readers see the new checkpoint.
 
     Example:
@@ -223,6 +224,7 @@ def save(
     if folder.endswith(SUFFIX) and not os.path.isdir(folder):
         folder, name = os.path.split(folder.removesuffix(SUFFIX))
         folder, max_shard_size = folder or os.curdir, None
+    folder = folder if os.path.isabs(folder) else os.path.join(os.getcwd(), folder)  # another thread may change that
 
     def attempt() -> CheckpointSpec:
         tensors: Tensors | None

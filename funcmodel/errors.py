@@ -192,7 +192,26 @@ class SaveError(ApplyError):
 
 
 class BusyError(SaveError):
-    """Another writer holds the folder; field `owner`."""
+    """Another writer holds the folder.
+
+    Attributes:
+        path: the folder.
+        lock: the file, or folder, that is the lock; "" where others come and go too fast to tell.
+        owner: who took it, as "pid 12 on host"; None where it does not say.
+        pid: the same, as a number.
+        host: the name of its machine.
+        alive: whether the owner still runs; None where that cannot be seen from here. The lock of a dead one is held
+            by a process that it forked while it saved.
+        holders: such processes, by number, as far as they are visible.
+    """
+
+    path: str = ""
+    lock: str = ""
+    owner: str | None = None
+    pid: int | None = None
+    host: str | None = None
+    alive: bool | None = None
+    holders: tuple[int, ...] = ()
 
 
 class NoSpaceError(SaveError):

@@ -1,8 +1,6 @@
 """Laws of the adapter: what a module says about itself, and what loading does and does not do to it."""
 
-import copy
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -277,31 +275,3 @@ def test_after_any_error_the_module_is_bit_and_object_identical(recipe: Recipe, 
     after.pop("last.attributes")
     assert after == before
     assert {k: v for k, v in vars(module.last).items() if k != "armed"}.keys() == attributes.keys()
-
-
-# -- threads ----------------------------------------------------------------------------------------------------------
-
-
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(700, 600)
-        self.head = nn.Linear(600, 700, bias=False)
-        self.head.weight = self.embed.weight
-        self.register_buffer("scale", torch.linspace(0, 1, 7), persistent=False)
-
-
-def test_law_50_loading_is_thread_safe() -> None:
-    """4 threads x 15 loads of one tied model give 60 equal, tied models."""
-    tensors = tensor_state(scrambled(built(Tied), 3))
-
-    def once(position: int) -> nn.Module:
-        return load(skeleton(Tied) if position % 2 else Tied(), copy.copy(tensors))
-
-    with ThreadPoolExecutor(4) as pool:
-        models = list(pool.map(once, range(60)))
-    for model in models:
-        assert model.head.weight is model.embed.weight
-        assert same_bits(model.head.weight, tensors["head.weight"])
-        assert same_bits(model.scale, torch.linspace(0, 1, 7))
-    assert len({model.head.weight.data_ptr() for model in models}) == 60

@@ -456,6 +456,25 @@ def test_in_place_says_what_was_done_when_the_end_fails() -> None:
     assert isinstance(caught.value.cause, OverflowError)
 
 
+@pytest.mark.parametrize("cause", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_in_the_middle_says_the_same_and_stays_what_it_is(cause: type[BaseException]) -> None:
+    net = nn.Linear(2, 2)
+    bias = TensorSpec([2], "float32")
+    part = full(TensorSpec([2, 2], "float32"), 9.0)
+    plan = assigns(
+        {"weight": part, "bias": Call(f"{__name__}:interrupted", (full(bias, float(cause is SystemExit)),), bias)}
+    )
+    with pytest.raises(cause) as caught:
+        assign(plan, net, commit="in_place")
+    assert caught.value.torn == ("weight", "bias")  # type: ignore[attr-defined]
+    assert caught.value.done == ()  # type: ignore[attr-defined]
+    assert caught.value.__notes__
+
+
+def interrupted(which: torch.Tensor) -> torch.Tensor:
+    raise SystemExit if which.any() else KeyboardInterrupt
+
+
 def test_in_place_refuses_elements_that_share_memory() -> None:
     net = nn.Module()
     net.register_buffer("wide", torch.zeros(1).expand(4))

@@ -55,3 +55,72 @@ def test_the_demo_passes_on_real_weights(capsys: pytest.CaptureFixture[str]) -> 
         pytest.importorskip(package)
     assert main(["demo"]) == 0
     assert "all checks passed" in capsys.readouterr().out
+
+
+# -- files of torch.save -----------------------------------------------------------------------------------------------
+
+
+class Settings:
+    """A class of a training script."""
+
+
+STATE = {"w": torch.arange(6.0).reshape(2, 3), "n": torch.arange(3)}
+
+
+def test_files_of_torch_are_read_as_the_options_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = f"{__name__}.Settings"
+    torch.save({"run": {"model": STATE}, "settings": Settings()}, tmp_path / "run.ckpt")
+    file = str(tmp_path / "run.ckpt")
+    asked = ["--key", "run", "--key", "model", "--suffix", ".ckpt", "--inert", name]
+    for missing in ("--key", "--suffix", "--inert"):
+        fewer = [word for at in range(0, len(asked), 2) if asked[at] != missing for word in asked[at : at + 2]]
+        assert main(["scan", file, *fewer]) == 1
+    assert main(["scan", file, *asked, "--json"]) == 0
+    assert fm.from_json(capsys.readouterr().out).files[0].tensors.keys() == STATE.keys()
+    assert main(["verify", file, *asked]) == 0
+    assert main(["reshard", file, str(tmp_path / "out"), *asked]) == 0
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(found[key], value) for key, value in STATE.items())
+    sided = [word.replace("--", "--old-") for word in asked]
+    assert main(["diff", file, str(tmp_path / "out"), *sided]) == 0
+    assert main(["diff", str(tmp_path / "out"), file, *[word.replace("--", "--new-") for word in asked]]) == 0
+    assert main(["diff", str(tmp_path / "out"), file, *sided]) == 1
+
+
+def test_files_from_before_torch_1_6_are_read_when_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "old.pth"
+    torch.save({"model": STATE}, file, _use_new_zipfile_serialization=False)
+    assert main(["scan", str(file), "--key", "model"]) == 1
+    assert main(["reshard", str(file), str(tmp_path / "out"), "--key", "model", "--legacy"]) == 0
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(found[key], value) for key, value in STATE.items())
+    assert main(["verify", str(file), "--key", "model", "--legacy"]) == 1  # such files hold no checksums
+    file.rename(tmp_path / "old.tar")
+    assert main(["scan", str(tmp_path / "old.tar"), "--key", "model", "--legacy", "--suffix", ".tar"]) == 0
+
+
+def test_a_variant_of_either_side(tmp_path: Path) -> None:
+    for folder, variant in (("old", "fp16"), ("new", "ema")):
+        fm.save(STATE, tmp_path / folder, variant=variant)
+    sides = [str(tmp_path / "old"), str(tmp_path / "new")]
+    assert main(["diff", *sides, "--old-variant", "fp16", "--new-variant", "ema"]) == 0
+    assert main(["diff", *sides, "--old-variant", "fp16"]) == 1
+    assert main(["reshard", sides[0], str(tmp_path / "out"), "--variant", "fp16"]) == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--max-shard-size", "many"],
+        ["--dtype", "float33"],
+        ["--legacy", "--inert", "a.B"],
+    ],
+)
+def test_an_option_without_a_meaning_exits_with_two(
+    words: list[str], checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["reshard", str(checkpoint), str(checkpoint / "out"), *words]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err
+    assert not (checkpoint / "out").exists()

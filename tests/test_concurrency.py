@@ -1,6 +1,8 @@
 """Many threads and many processes at once: each gets what it would get alone, and the process is what it was."""
 
+import copy
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -60,15 +62,18 @@ def saved(tmp_path: Path) -> tuple[nn.Module, Path]:
 
 
 @pytest.mark.parametrize("commit", ["swap", "in_place"])
-def test_four_threads_that_load_15_times_each_give_60_equal_tied_models(
+def test_law_50_four_threads_that_load_15_times_each_give_60_equal_tied_models(
     commit: Any, saved: tuple[nn.Module, Path]
 ) -> None:
+    """Skeletons and real modules; nothing of the process is patched, and nothing of the models shared."""
     net, folder = saved
+    other = Tied()
     expected = bits(net.state_dict())
     plain = fm.load(fm.skeleton(Tied), folder)
 
     def load() -> list[nn.Module]:
-        return [fm.load(fm.skeleton(Tied), folder, commit=commit) for _ in range(15)]
+        into = (copy.deepcopy(other) if i % 2 else fm.skeleton(Tied) for i in range(15))
+        return [fm.load(net, folder, commit=commit) for net in into]
 
     before = fingerprint(net, plain)
     results = at_once([load] * 4)
@@ -184,3 +189,40 @@ def test_threads_share_one_plan_and_one_source(saved: tuple[nn.Module, Path]) ->
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     truth = {k: v for name in set(index.values()) for k, v in load_file(folder / name).items()}
     assert all(results[0][key] == bits(truth)[key] for key in truth)
+
+
+# What gives, keeps or closes descriptors, and what is between them and who asked for them.
+HANDLING = ("open", "close", "extend", "append", "pop", "take", "_take", "_open", "_close", "_drop", "_create", "stage")
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="the system does not show what is open")
+def test_an_interrupt_just_after_a_file_was_opened_or_closed_leaves_none_open(tmp_path: Path) -> None:
+    tensors = {"a": torch.ones(3), "b": torch.ones(3)}
+    fm.save(tensors, tmp_path / "0", max_shard_size=16)
+    before = sorted(os.listdir("/proc/self/fd"))
+    interrupted = 0
+    for at in range(1, 10_000):
+        seen = 0
+
+        def profile(frame: Any, event: str, what: Any) -> None:
+            nonlocal seen
+            name = frame.f_code.co_name if event == "return" else getattr(what, "__name__", "")
+            ours = os.path.basename(frame.f_code.co_filename) in ("staging.py", "locks.py", "filesystem.py")
+            if event in ("return", "c_return") and ours and name in HANDLING:
+                seen += 1
+                if seen == at:  # noqa: B023
+                    raise KeyboardInterrupt
+
+        sys.setprofile(profile)
+        try:
+            fm.save(tensors, tmp_path / "0", max_shard_size=16, durability="none")
+        except KeyboardInterrupt:
+            interrupted += 1
+        finally:
+            sys.setprofile(None)
+        if seen < at:
+            break
+        assert sorted(os.listdir("/proc/self/fd")) == before
+    assert interrupted > 50
+    fm.save(tensors, tmp_path / "0")
+    assert os.listdir(tmp_path / "0") == ["model.safetensors"]

@@ -466,6 +466,30 @@ def test_a_malformed_record_is_a_typed_error(foreign: Path, text: bytes, code: s
     with pytest.raises(fm.DigestError) as caught:
         fm.verify(foreign)
     assert caught.value.code == code
+    stale = code == "DIGEST_STALE"
+    assert caught.value.file == str(foreign / "model.safetensors") + ".digests.json" * (not stale)
+    assert caught.value.found
+
+
+def test_what_raised_limits_let_in_is_compared_too(tmp_path: Path) -> None:
+    path, name = tmp_path / "model.safetensors", "n" * 5000
+    save_file({name: torch.ones(3)}, path)
+    limits = fm.Limits(name_chars=5000, ndim=65)
+    (side,) = fm.record_digests(path, limits=limits)
+    assert fm.materialize(fm.scan(path, limits=limits), digest="check")[name].tolist() == [1, 1, 1]
+    assert fm.verify(path, limits=limits).verified == (name,)
+    few = fm.Limits(name_chars=5000, index_bytes=os.path.getsize(side) - 1)
+    with pytest.raises(fm.DigestError) as caught:
+        fm.verify(path, limits=few)
+    assert (caught.value.code, caught.value.file) == ("INDEX_TOO_LARGE", side)
+    header = json.dumps({"w": {"dtype": "F32", "shape": [1] * 65, "data_offsets": [0, 4]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0\x80?")
+    fm.record_digests(path, limits=limits)
+    assert fm.verify(path, limits=limits).verified == ("w",)
+    flip(path, path.stat().st_size - 1)
+    with pytest.raises(fm.DigestError) as caught:
+        fm.verify(path, limits=limits)
+    assert caught.value.tensor == "w"
 
 
 def test_a_record_that_is_a_link_out_of_the_folder_or_no_file_is_refused(foreign: Path) -> None:
@@ -543,10 +567,11 @@ def test_a_blob_with_git_s_name_is_not_compared(tmp_path: Path) -> None:
 
 
 def test_a_format_s_own_check_counts(foreign: Path) -> None:
-    def sound(file: SourceFile) -> None:
+    def sound(file: SourceFile) -> tuple[fm.Damage, ...]:
         assert file.nbytes
+        return ()
 
-    def broken(file: SourceFile) -> None:
+    def broken(file: SourceFile) -> tuple[fm.Damage, ...]:
         raise fm.CheckpointError("no", code="BIN_CRC", path=file.path, key="flags")
 
     report = fm.verify(foreign, formats=(evolve(SAFETENSORS, verify=sound),))
@@ -555,6 +580,15 @@ def test_a_format_s_own_check_counts(foreign: Path) -> None:
     with pytest.raises(fm.DigestError) as caught:
         fm.verify(foreign, formats=(evolve(SAFETENSORS, verify=broken),))
     assert (caught.value.code, caught.value.tensor) == ("BIN_CRC", "flags")
+
+    def damages(file: SourceFile) -> tuple[fm.Damage, ...]:
+        return tuple(fm.Damage(file.path, name, "BIN_CRC", "record 1", "record 2") for name in STATE)
+
+    with pytest.raises(fm.DigestError) as caught:
+        fm.verify(foreign, formats=(evolve(SAFETENSORS, verify=damages),))
+    assert {(d.tensor, d.expected, d.found) for d in caught.value.findings} == {
+        (name, "record 1", "record 2") for name in STATE
+    }
 
 
 def test_a_zip_of_torch_is_compared_with_its_checksums_or_with_what_is_beside_it(tmp_path: Path) -> None:
@@ -570,7 +604,9 @@ def test_a_zip_of_torch_is_compared_with_its_checksums_or_with_what_is_beside_it
     for beside in (False, True):
         if beside:
             assert fm.record_digests(path, key="model") == (f"{path}.digests.json",)
-        assert set(fm.verify(path, key="model").verified) == state.keys()
+        report = fm.verify(path, key="model")
+        assert set(report.verified) == state.keys()
+        assert report.nbytes == path.stat().st_size
         assert {key: raw(t) for key, t in materialized().items()} == {key: raw(t) for key, t in state.items()}
         flip(path, at)
         for act in (lambda: fm.verify(path, key="model"), materialized):

@@ -229,3 +229,17 @@ def test_a_state_can_be_asked_for_at_any_time(tmp_path: Path) -> None:
         {state.files["a"] for state in power_losses(recording, "B", upto=n)} for n in range(len(recording.events) + 1)
     ]
     assert at_each == [{OLD}] * 4 + [{OLD, NEW}, {NEW}]
+
+
+def test_a_file_has_the_time_that_belongs_to_its_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(OLD)
+    os.utime(tmp_path / "a", ns=(5, 5))
+    filesystem, recording = simulated(REAL, tmp_path)
+    fd = filesystem.open(str(tmp_path / "a"), os.O_RDWR, 0)
+    filesystem.pwritev(fd, [memoryview(NEW)], 0)
+    filesystem.close(fd)
+    times = {state.files["a"]: state.times["a"] for state in power_losses(recording)}
+    assert times[OLD] == 5
+    assert times[(tmp_path / "a").read_bytes()] == (tmp_path / "a").stat().st_mtime_ns
+    restore(Disk(FrozenMap(a=OLD), times=FrozenMap(a=times[OLD])), tmp_path / "again")
+    assert (tmp_path / "again" / "a").stat().st_mtime_ns == disk(tmp_path / "again").times["a"] == 5

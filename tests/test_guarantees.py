@@ -1,7 +1,6 @@
 """The failures that users of checkpoint loaders suffer silently, each with the guarantee that rules it out here."""
 
 import json
-import threading
 from pathlib import Path
 
 import pytest
@@ -160,24 +159,6 @@ def test_7_saving_inverts_loading_whatever_the_rules(tmp_path: Path) -> None:
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert again.keys() == theirs.keys()
     assert all(torch.equal(again[k], theirs[k]) for k in theirs)
-
-
-def test_8_loading_from_threads_gives_tied_models_and_patches_nothing(tmp_path: Path) -> None:
-    net = randomized(Tied())
-    fm.save(net, tmp_path)
-    patched = (nn.Module.register_parameter, nn.Module.__setattr__, nn.init.normal_, torch.empty)
-    results: list[nn.Module] = []
-    threads = [
-        threading.Thread(target=lambda: results.extend(fm.load(fm.skeleton(Tied), tmp_path) for _ in range(15)))
-        for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(results) == 60
-    assert all(m.head.weight is m.embed.weight and bits(m) == bits(net) for m in results)
-    assert patched == (nn.Module.register_parameter, nn.Module.__setattr__, nn.init.normal_, torch.empty)
 
 
 def test_9_strict_by_default_with_waivers_that_must_match(tmp_path: Path) -> None:

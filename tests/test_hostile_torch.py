@@ -406,7 +406,7 @@ DEEP = 100_000
         ("BIN_NOT_A_DICT", b"\x80\x02" + b"]" * DEEP + b"a" * (DEEP - 1) + b"."),
         ("BIN_NOT_A_DICT", b"\x80\x02)" + b"\x85" * DEEP + b"."),
         ("BIN_PICKLE", b"\x80\x02" + b"(" * DEEP + b"t" * DEEP + b"."),
-        ("BIN_PICKLE", b"\x80\x04]" + b"\x94" * (1 << 19) + b"."),
+        ("BIN_NOT_A_DICT", b"\x80\x04]" + b"\x94" * (1 << 19) + b"."),  # and none of them is kept
         ("BIN_PICKLE", b"\x80\x02" + b"]" * (1 << 19) + b"."),
         ("BIN_PICKLE", b"\x80\x04\x8e" + struct.pack("<Q", 2**60) + b"x."),
         ("BIN_PICKLE", b"\x80\x04\x8d" + struct.pack("<Q", 2**64 - 1) + b"x."),
@@ -479,11 +479,76 @@ def test_case_76_a_flipped_bit(path: Path) -> None:
     assert fm.scan(path)
     check = fm.TORCH_BIN.verify
     assert check is not None
-    with open_regular(path) as file, pytest.raises(HeaderError) as caught:
-        check(file)
-    assert (caught.value.code, caught.value.key) == ("BIN_CRC", "b")
+    with zipfile.ZipFile(path) as archive:
+        crc = archive.getinfo("model/data/1").CRC
+    with open_regular(path) as file:
+        (found,) = check(file)
+    assert (found.code, found.file, found.tensor) == ("BIN_CRC", str(path), "b")
+    assert found.expected == f"model/data/1 {crc:08x}"
     with pytest.raises(CheckpointError):
         fm.verify(path)
+
+
+def test_case_76_every_damaged_record_is_told_with_its_tensors(path: Path) -> None:
+    tied, config = torch.zeros(100), _Settings()
+    torch.save({"model": {"a": torch.ones(100), "b": tied, "c": tied, "d": torch.ones(3)}, "config": config}, path)
+    formats = (fm.torch_zip(".bin", inert=(f"{__name__}._Settings",)),)
+    spec = fm.scan_checkpoint(path, key="model", formats=formats).files[0]
+    for name in ("a", "b"):
+        patched(path, spec.tensors[name].start + 17, b"\x01")
+    with zipfile.ZipFile(path) as archive:
+        version = archive.getinfo("model/version").header_offset + 30
+    data = path.read_bytes()
+    at = data.index(b"3\n", version)  # a record that holds no tensor
+    patched(path, at, b"4")
+    plan = fm.scan(path, key="model", formats=formats)
+    acts: list[Callable[[], object]] = [
+        lambda: fm.verify(path, key="model", formats=formats),
+        lambda: fm.materialize(plan, digest="check"),  # by formats that know nothing of the class
+    ]
+    for act in acts:
+        with pytest.raises(fm.DigestError) as caught:
+            act()
+        found = [(one.tensor, one.expected, one.found) for one in caught.value.findings]
+        assert [tensor for tensor, _, _ in found] == ["a", "b", "c", None]
+        assert [str(expected).split()[0] for _, expected, _ in found] == [
+            "model/data/0",
+            "model/data/1",
+            "model/data/1",
+            "model/version",
+        ]
+        assert all(expected != other for _, expected, other in found)
+
+
+class _Settings:
+    """A class of a training script."""
+
+
+def test_a_name_that_is_refused_is_the_one_to_read_past(path: Path) -> None:
+    torch.save({"model": {"w": torch.ones(2)}, "config": _Settings()}, path)
+    name = refused(path, "BIN_GLOBAL_FORBIDDEN").name  # type: ignore[attr-defined]
+    assert list(fm.scan(path, key="model", formats=(fm.torch_zip(".bin", inert=(name,)),))) == ["w"]
+
+
+def test_raised_limits_hold_for_whatever_is_done_with_what_they_let_in(path: Path) -> None:
+    torch.save({"w": torch.arange(5.0)}, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        for i in range(1600):
+            more = zipfile.ZipInfo(f"model/more{i}")
+            more.comment = b"c" * 65_000
+            archive.writestr(more, b"")
+    refused(path, "HEADER_TOO_LARGE")
+    limits = fm.Limits(header_bytes=200_000_000)
+    plan = fm.scan(path, limits=limits)
+    assert fm.materialize(plan, digest="check")["w"].tolist() == list(range(5))
+    assert fm.verify(path, limits=limits).verified == ("w",)
+    assert fm.TORCH_BIN.fingerprint is not None
+    with open_regular(path) as file:
+        tracemalloc.start()
+        assert fm.TORCH_BIN.fingerprint(file) == plan["w"].file.fingerprint  # type: ignore[attr-defined]
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 8 << 20  # the directory has 100 MB
 
 
 def test_case_77_big_endian(path: Path) -> None:

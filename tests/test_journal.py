@@ -3,15 +3,19 @@
 import errno
 import json
 import os
+import shutil
 import threading
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from attrs import evolve
+from hypothesis import given
+from hypothesis import strategies as st
 
 import funcmodel as fm
-from funcmodel.core.journal import JOURNAL, LOCK, Journal, parse_journal, render_journal, side
+from funcmodel.core.journal import JOURNAL, LOCK, Journal, Survey, parse_journal, render_journal, side
 from funcmodel.errors import (
     AmbiguousCheckpointError,
     BusyError,
@@ -20,12 +24,15 @@ from funcmodel.errors import (
     SaveError,
     StalePlanError,
 )
+from funcmodel.records.expressions import Live
 from funcmodel.records.mapping import FrozenMap
+from funcmodel.records.tensors import TensorSpec
 from funcmodel.run.existing import existing_checkpoint
 from funcmodel.run.faults import Crash, changes, counted, faulty
 from funcmodel.run.filesystem import REAL
 from funcmodel.run.journal import fingerprints, standing
 from funcmodel.run.locks import FolderLocks
+from tests.transitions import QUICK
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 OLD = {key: torch.full((8,), float(i)) for i, key in enumerate("abc")}
@@ -162,7 +169,7 @@ def test_a_journal_is_not_trusted(tmp_path: Path, kind: str) -> None:
         case "outside":
             where.write_text(json.dumps({**journal, "old": {"../outside.safetensors": mark}}))
         case "newer":
-            where.write_text(json.dumps({**journal, "funcmodel_save": 2}))
+            where.write_text(json.dumps({**journal, "funcmodel_save": 3}))
         case "lies":
             found = standing(str(folder)).journal
             assert found is None
@@ -193,11 +200,11 @@ def test_a_journal_names_files_of_its_folder(name: str) -> None:
 
 def test_a_copy_without_hidden_files_is_no_longer_decided(tmp_path: Path) -> None:
     journal = Journal(commit="s", by="removal", head="i", old=FrozenMap({"s": "1"}), new=FrozenMap({"i": "2"}))
-    assert side(journal, {"s": "1", "i": "2"}, ()) == "old"
-    assert side(journal, {"s": "1"}, {"i"}) == "old"
-    assert side(journal, {"i": "2"}, ()) == "new"
-    assert side(journal, {}, ()) is None
-    assert side(journal, {"s": "3", "i": "2"}, ()) is None
+    assert side(journal, Survey(found=FrozenMap(s="1", i="2"))) == "old"
+    assert side(journal, Survey(found=FrozenMap(s="1"), waiting=FrozenMap(i=0))) == "old"
+    assert side(journal, Survey(found=FrozenMap(i="2"))) == "new"
+    assert side(journal, Survey()) is None
+    assert side(journal, Survey(found=FrozenMap(s="3", i="2"))) is None
 
 
 # -- locks -----------------------------------------------------------------------------------------------------------
@@ -429,3 +436,289 @@ def test_an_index_that_is_too_large_to_read_lists_nothing(tmp_path: Path) -> Non
     fm.save(NEW, tmp_path)
     assert values(tmp_path) == value(NEW)
     assert os.listdir(tmp_path) == [SINGLE]
+
+
+# -- whose file it is ------------------------------------------------------------------------------------------------
+
+
+def rewritten(path: Path) -> bytes:
+    """Another tool writes other values in place: the header stays what it was."""
+    data = path.read_bytes()
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([data[-1] ^ 1]))
+    os.utime(path, ns=(10**18, path.stat().st_mtime_ns + 10**9))
+    return path.read_bytes()
+
+
+def test_without_its_part_an_old_file_is_not_taken_for_the_new_one_of_the_same_header(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    died(folder, None, None, "replace", SINGLE)
+    (part,) = (p for p in folder.glob(".fm-*") if p.stat().st_size > 100)
+    part.unlink()  # by hand, or by a save through a link
+    assert standing(str(folder)).holds == "old"
+    assert fm.scan_checkpoint(folder).config == fm.Config({"v": "old"})
+    fm.save(OLD, folder)
+    assert json.loads((folder / "config.json").read_text()) == {"v": "old"}
+
+
+@pytest.mark.parametrize("victim", [INDEX, "model-00002-of-00003.safetensors"])
+def test_what_another_tool_has_written_since_is_not_removed(tmp_path: Path, victim: str) -> None:
+    folder = tmp_path / "a"
+    died(folder, MANY, None, "unlink", INDEX)
+    data = rewritten(folder / victim)
+    if victim == INDEX:  # then there are two checkpoints, for readers and for the save, which replaces both
+        with pytest.raises(CheckpointError):
+            fm.scan(folder)
+    fm.save(OLD, folder)
+    assert ((folder / victim).read_bytes() == data) if victim != INDEX else not (folder / victim).exists()
+    assert values(folder) == value(OLD)
+
+
+def test_a_new_shard_that_another_tool_has_written_since_is_not_taken_back(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    died(folder, None, MANY, "unlink", SINGLE)
+    data = rewritten(folder / "model-00002-of-00003.safetensors")
+    assert values(folder) == value(OLD)
+    fm.save(NEW, folder)
+    assert (folder / "model-00002-of-00003.safetensors").read_bytes() == data
+    assert values(folder) == value(NEW)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "call", "name"), [(None, MANY, "unlink", SINGLE), (MANY, None, "unlink", INDEX)]
+)
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_copy_of_a_folder_is_what_the_folder_was(
+    tmp_path: Path, before: int | None, after: int | None, call: str, name: str, kept: bool
+) -> None:
+    died(tmp_path / "a", before, after, call, name)
+    shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copy2 if kept else shutil.copyfile)
+    assert values(tmp_path / "b") == value(OLD if before is None else NEW)
+    fm.save(NEW, tmp_path / "b")
+    assert values(tmp_path / "b") == value(NEW)
+    assert sorted(os.listdir(tmp_path / "b")) == ["config.json", SINGLE]
+
+
+def test_a_journal_of_the_first_version_is_still_read(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    died(folder, MANY, None, "unlink", INDEX)
+    journal = json.loads((folder / JOURNAL).read_bytes())
+    del journal["old_times"], journal["new_times"]
+    (folder / JOURNAL).write_text(json.dumps({**journal, "funcmodel_save": 1}))
+    assert values(folder) == value(NEW)
+    fm.save(OLD, folder)
+    assert sorted(os.listdir(folder)) == ["config.json", SINGLE]
+
+
+@pytest.mark.parametrize(
+    "times", [{"m": True}, {"m": 1.0}, {"m": 2**63}, {"m": -(2**63) - 1}, {"n": 1}, [1], {"m": "1"}]
+)
+@pytest.mark.parametrize("field", ["old_times", "new_times"])
+def test_the_times_in_a_journal_are_numbers_of_files_that_it_names(field: str, times: object) -> None:
+    good = Journal(commit="m", by="rename", head="m", old=FrozenMap(m="1"), new=FrozenMap(m="1"))
+    rendered = json.loads(render_journal(good))
+    assert parse_journal(json.dumps({**rendered, field: {"m": -(2**63)}}).encode())
+    with pytest.raises(CheckpointError):
+        parse_journal(json.dumps({**rendered, field: times}).encode())
+
+
+@given(
+    *[st.sampled_from("12")] * 2,
+    *[st.sampled_from([None, 1, 2])] * 3,
+    st.sampled_from([None, "1", "2", "3"]),
+    st.booleans(),
+)
+def test_a_time_decides_only_where_one_side_alone_has_it(
+    old: str, new: str, old_time: int | None, new_time: int | None, time: int | None, found: str | None, waits: bool
+) -> None:
+    def table(value: object) -> FrozenMap[str, object]:
+        return FrozenMap() if value is None else FrozenMap(m=value)
+
+    plain = Journal(commit="m", by="rename", head="m", old=table(old), new=table(new))  # type: ignore[arg-type]
+    timed = evolve(plain, old_times=table(old_time), new_times=table(new_time))
+    bare = Survey(found=table(found), waiting=table(9 if waits else None))  # type: ignore[arg-type]
+    seen = evolve(bare, times=table(time if found else None))
+    is_old, is_new = (time is not None and (found, time) == mark for mark in ((old, old_time), (new, new_time)))
+    if is_old != is_new:
+        assert side(timed, seen) == ("old" if is_old else "new")
+    else:
+        assert side(timed, seen) == side(plain, bare)
+
+
+def test_a_text_that_starts_with_zeros_is_told_from_another_by_all_of_it(tmp_path: Path) -> None:
+    for name, text in (("a.json", b"\0" * 8 + b"one"), ("b.json", b"\0" * 8 + b"two")):
+        (tmp_path / name).write_bytes(text)
+    marks = fingerprints(str(tmp_path), frozenset({"a.json", "b.json"}))
+    assert marks["a.json"] != marks["b.json"]
+
+
+def test_a_text_that_starts_with_zeros_is_saved(tmp_path: Path) -> None:
+    for word in ("one", "two"):
+        fm.save(OLD, tmp_path, texts={"notes.json": "\0" * 8 + word})
+        assert (tmp_path / "notes.json").read_text() == "\0" * 8 + word
+
+
+# -- texts elsewhere -------------------------------------------------------------------------------------------------
+
+
+def text_elsewhere(tmp_path: Path) -> tuple[Path, Path]:
+    """A folder whose save died before its config, a link into another folder, had its name; and that other folder."""
+    folder, texts = tmp_path / "a", tmp_path / "texts"
+    fm.save(OLD, folder, config={"v": "old"})
+    texts.mkdir()
+    os.replace(folder / "config.json", texts / "c.json")
+    (folder / "config.json").symlink_to(texts / "c.json")
+
+    def replace(source: str, target: str) -> None:
+        if target.endswith("/c.json"):
+            raise OSError(errno.EIO, "refused")
+        REAL.replace(source, target)
+
+    with pytest.raises(SaveError) as raised:
+        fm.save(NEW, folder, config={"v": "new"}, filesystem=evolve(REAL, replace=replace))
+    assert raised.value.committed == "yes"
+    return folder, texts
+
+
+def test_the_next_save_finishes_a_text_that_a_link_leads_to(tmp_path: Path) -> None:
+    folder, texts = text_elsewhere(tmp_path)
+    (texts / ".fm-other-00000.part").write_bytes(b"of another writer that died")
+    assert json.loads((texts / "c.json").read_text()) == {"v": "old"}
+    assert fm.scan_checkpoint(folder, symlinks="follow").config == fm.Config({"v": "new"})
+    fm.save(OLD, folder)
+    assert json.loads((texts / "c.json").read_text()) == {"v": "new"}
+    assert os.listdir(texts) == ["c.json"]
+    assert sorted(os.listdir(folder)) == ["config.json", SINGLE]
+
+
+def test_a_text_elsewhere_is_finished_under_the_lock_of_its_folder(tmp_path: Path) -> None:
+    folder, texts = text_elsewhere(tmp_path)
+    locks = FolderLocks(REAL)
+    locks.take(str(texts))
+    with pytest.raises(BusyError):
+        fm.save(OLD, folder)
+    assert json.loads((texts / "c.json").read_text()) == {"v": "old"}
+    locks.release()
+    fm.save(OLD, folder)
+    assert json.loads((texts / "c.json").read_text()) == {"v": "new"}
+
+
+def test_only_what_the_journal_staged_is_put_elsewhere(tmp_path: Path) -> None:
+    folder, texts = text_elsewhere(tmp_path)
+    (part,) = texts.glob(".fm-*")
+    os.utime(part, ns=(1, 1))  # of the same bytes, and not the one
+    fm.save(OLD, folder)
+    assert json.loads((texts / "c.json").read_text()) == {"v": "old"}
+
+
+# -- names -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [219, 243, 244])
+def test_a_name_that_can_be_saved_once_can_be_saved_again(tmp_path: Path, length: int) -> None:
+    name = "n" * length
+    for limit in (None, None, MANY, MANY, MANY, None):
+        plan = fm.plan_save(
+            {key: Live(key, TensorSpec(tuple(tensor.shape), "float32")) for key, tensor in NEW.items()},
+            name=name,
+            max_shard_size=limit,
+            existing=existing_checkpoint(tmp_path, name=name),
+        )
+        before = sorted(os.listdir(tmp_path))
+        try:
+            fm.apply(plan, tmp_path, live=NEW)
+        except PlanError:
+            assert sorted(os.listdir(tmp_path)) == before
+            assert length > (243 if limit is None else 219)
+            continue
+        assert length <= (243 if limit is None else 219)
+        assert len(os.listdir(tmp_path)) == (1 if limit is None else 4)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "adapter_model.safetensors",
+        "adapter_model-00001-of-00002.safetensors",
+        "model.fp16.safetensors",
+        "model.fp16-0a1b2c3d-00001-of-00002.safetensors",
+        "diffusion_pytorch_model.safetensors",
+    ],
+)
+@pytest.mark.parametrize("limit", [None, MANY])
+def test_an_index_does_not_make_other_checkpoints_its_own(tmp_path: Path, other: str, limit: int | None) -> None:
+    fm.save(OLD, tmp_path, max_shard_size=MANY)
+    (tmp_path / other).write_bytes(b"not ours")
+    index = json.loads((tmp_path / INDEX).read_text())
+    index["weight_map"]["x"] = other
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    fm.save(NEW, tmp_path, max_shard_size=limit)
+    assert values(tmp_path) == value(NEW)
+    assert (tmp_path / other).read_bytes() == b"not ours"
+    assert len(os.listdir(tmp_path)) == (2 if limit is None else 5)
+
+
+def test_a_hostile_journal_removes_no_adapter(tmp_path: Path) -> None:
+    fm.save(OLD, tmp_path)
+    adapter = "adapter_model.safetensors"
+    (tmp_path / adapter).write_bytes(b"not ours")
+    marks = fingerprints(str(tmp_path), frozenset({adapter, SINGLE}))
+    journal = Journal(
+        commit=SINGLE,
+        by="rename",
+        head=SINGLE,
+        old=FrozenMap({adapter: marks[adapter]}),
+        new=FrozenMap({SINGLE: marks[SINGLE]}),
+    )
+    (tmp_path / JOURNAL).write_text(render_journal(journal))
+    fm.save(NEW, tmp_path)
+    assert (tmp_path / adapter).exists()
+
+
+@pytest.mark.parametrize("limit", [None, MANY])
+def test_a_single_file_that_is_a_shard_of_an_index_too_is_replaced_without_loss(
+    tmp_path: Path, limit: int | None
+) -> None:
+    def both(folder: Path) -> None:
+        fm.save({"a": OLD["a"]}, folder, filesystem=QUICK)
+        safetensors.torch.save_file({"b": OLD["b"], "c": OLD["c"]}, folder / "rest.safetensors")
+        weight_map = {"a": SINGLE, "b": "rest.safetensors", "c": "rest.safetensors"}
+        (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+    seen = []
+    for at in range(1, 200):
+        folder = tmp_path / f"{at}"
+        both(folder)
+        assert values(folder) == value(OLD)
+        try:
+            fm.save(NEW, folder, max_shard_size=limit, filesystem=faulty(QUICK, at, "die"))
+            break
+        except Crash:
+            seen.append("old" if values(folder) == value(OLD) else "new")
+            assert values(folder) == value(OLD if seen[-1] == "old" else NEW)
+        fm.save(OLD, folder, filesystem=QUICK)
+        assert values(folder) == value(OLD)
+        assert os.listdir(folder) == [SINGLE]
+    assert values(folder) == value(NEW)
+    assert seen == sorted(seen, reverse=True)
+    assert {*seen} == {"old", "new"}
+
+
+def test_a_save_goes_where_its_folder_was_when_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    fm.save(OLD, tmp_path / "here" / "out", max_shard_size=MANY)
+
+    class Moving(dict[str, torch.Tensor]):
+        """Tensors of a caller, another thread of which changes the folder once they are looked at."""
+
+        def items(self):  # type: ignore[no-untyped-def]
+            os.chdir(tmp_path / "there")
+            return super().items()
+
+    fm.save(Moving(NEW), "out")
+    assert os.listdir(tmp_path / "there") == []
+    assert os.listdir(tmp_path / "here" / "out") == [SINGLE]
+    assert values(tmp_path / "here" / "out") == value(NEW)

@@ -120,7 +120,6 @@ def _leaves(expr: Expr) -> set[Expr]:
 @pytest.mark.parametrize(
     "parts",
     [
-        [X, X],
         [box(X, (0, 3)), box(X, (2, 4))],
         [box(X, (0, 2))],
         [box(X, (0, 2)), box(X, (0, 2))],
@@ -147,6 +146,33 @@ def test_what_has_no_way_back_is_refused_before_anything_is_saved(parts: list[Ex
         restored(plan)
     assert caught.value.keys
     assert set(caught.value.keys) <= set(plan)
+
+
+def test_names_of_one_stored_tensor_are_restored_each() -> None:
+    """As in a `.bin` of a tied model, where both keys are a Read under the first name."""
+    embed, head = read([2, 3], name="embed"), live(StateDictPlan({"head": read([2, 3])}))["head"]
+    tied = StateDictPlan({"head": embed, "embed": embed, "n": read([2], name="n")})
+    assert restored(tied)(tied) == tied
+    assert restored(tied)(live(tied)) == live(tied)  # untied since: nothing is lost
+    wide = StateDictPlan({key: build.cast(expr, "float64") for key, expr in tied.items()})
+    assert restored(wide)(wide) == tied
+    joined = StateDictPlan({key: build.concat([embed, read([2, 3], name="n")]) for key in ("embed", "x")})
+    assert set(restored(joined)(joined)) == {"embed", "n"}
+    one = StateDictPlan({**live(tied), "head": live(tied)["embed"]})
+    assert restored(tied)(one) == one
+    named = StateDictPlan({f"model.{key}": expr for key, expr in tied.items()})
+    assert restored(named)(named) == StateDictPlan({"embed": embed, "n": tied["n"]})
+    with pytest.raises(RuleError) as caught:
+        restored(named)(StateDictPlan({**live(named), "model.head": head}))
+    assert (set(caught.value.keys), caught.value.name) == ({"model.embed", "model.head"}, "embed")
+
+
+def test_a_second_name_that_is_another_stored_tensor_s_is_refused() -> None:
+    embed = read([2, 3], name="embed")
+    plan = StateDictPlan({"head": embed, "embed": embed, "other": read([2, 3], name="head")})
+    with pytest.raises(RuleError) as caught:
+        restored(plan)
+    assert set(caught.value.keys) == {"head", "other"}
 
 
 def test_two_files_with_one_name_are_told_apart() -> None:

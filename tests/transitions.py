@@ -1,6 +1,7 @@
 """What a save can find in a folder and make of it, and which of the two a reader sees afterwards."""
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from attrs import evolve, frozen
 from torch import Tensor
 
 import funcmodel as fm
+from funcmodel.core.journal import JOURNAL
 from funcmodel.errors import CheckpointError
 from funcmodel.records.mapping import FrozenMap
 from funcmodel.run.faults import Disk, disk, restore
@@ -259,9 +261,26 @@ def unmarked(state: Disk) -> Disk:
         state,
         files=FrozenMap(
             {
-                clean(name.encode()).decode(): clean(data) if name.endswith(".json") else data
+                clean(name.encode()).decode(): clean(timeless(state, name)) if name.endswith(".json") else data
                 for name, data in state.files.items()
                 if not name.endswith(".funcmodel.lock")
             }
         ),
+        times=FrozenMap(),
     )
+
+
+def timeless(state: Disk, name: str) -> bytes:
+    """A text; of a journal that is whole, not what times it holds but whether they are those of the files and parts."""
+    try:
+        journal = json.loads(state.files[name])
+        if os.path.basename(name) != JOURNAL:
+            return state.files[name]
+        where = lambda file: os.path.normpath(os.path.join(os.path.dirname(name), file))  # noqa: E731
+        for times in (journal["old_times"], journal["new_times"]):
+            for file, time in times.items():
+                part = journal["parts"].get(file, file)
+                times[file] = [state.times.get(where(path)) == time for path in (file, part)]
+        return json.dumps(journal).encode()
+    except (ValueError, KeyError, TypeError):
+        return state.files[name]

@@ -65,7 +65,8 @@ def assign(
         TieConflictError: leaves that are one tensor would get two values.
         DigestError: a stored tensor is not what was recorded, or nothing is recorded of it; the module is untouched.
         CheckpointError: a file cannot be read.
-        ActionError: writing in place failed; `torn` names what may hold part of its new value.
+        ActionError: writing in place failed; `torn` names what may hold part of its new value. An interrupt, or another
+            exception that is to end the program, keeps its type and has the same attributes `done` and `torn`.
 
     Example:
         >>> from funcmodel.bind.inspect import module_spec
@@ -352,10 +353,14 @@ def _fill(exprs: Mapping[str, Expr], into: Values, read: _Reader) -> None:
 
 
 def _tell(error: BaseException, *, done: tuple[str, ...], torn: tuple[str, ...]) -> None:
-    """Say what a failed write in place left behind: as an `ActionError`, and as a note where the program is to end."""
+    """Say what a failed write in place left behind.
+
+    By an `ActionError`; where the program is to end, by the same attributes and a note on what ends it.
+    """
     some = ", ".join(torn[:8]) + (", ..." if len(torn) > 8 else "")
     message = f"writing in place failed; {len(done)} leaves hold their new value, these may hold part of it: {some}"
     if not isinstance(error, Exception):
+        vars(error).update(done=done, torn=torn)
         error.add_note(message)
         return
     raise ActionError(f"{message} ({type(error).__name__}: {error})", done=done, torn=torn, cause=error) from error

@@ -10,6 +10,7 @@ from funcmodel.core.strict_json import parsed
 from funcmodel.core.wire import BLANK, DIGEST, is_digest
 from funcmodel.errors import DigestError
 
+_ROOM: Final = 48 << 20  # bytes of memory for the digests of any file
 _FIELDS: Final = frozenset({"nbytes", "fingerprint", "sha256"})
 
 
@@ -94,9 +95,11 @@ def parse_sidecar(
     """
 
     def fail(code: str, found: str) -> DigestError:
-        return DigestError(f"{path}: {found}; record the digests again", code=code, path=path)
+        return DigestError(f"{path}: {found}; record the digests again", code=code, path=path, found=found)
 
-    value: Any = parsed(text, fail, depth=4, digits=limits.int_digits)
+    # Of a tensor, a file says some 100 bytes and this one 150; that they are read takes 1000.
+    room = _ROOM + len(text) + nbytes
+    value: Any = parsed(text, fail, depth=4, digits=limits.int_digits, room=room)
     if type(value) is not dict or value.keys() != _FIELDS or type(value["sha256"]) is not dict:
         raise fail("DIGEST_FIELDS", f"expected an object with the fields {sorted(_FIELDS)}")
     for name, entry in value["sha256"].items():

@@ -167,20 +167,27 @@ def text_of(body: bytes, fail: Fail) -> str:
         raise fail("BAD_UTF8", f"byte {error.start} of a text is not UTF-8") from error
 
 
-def pairs(data: bytes, at: int, into: MutableMapping[str, str] | None, fail: Fail) -> int | None:
+def pairs(
+    data: bytes,
+    at: int,
+    into: MutableMapping[str, str] | None,
+    fail: Fail,
+    check: Callable[[str, str], object] | None = None,
+) -> int | None:
     """Read an object from text to text.
 
     Args:
         data: JSON.
         at: where the object starts.
-        into: receives the pairs; None only looks whether there are such.
+        into: receives the pairs; None only looks whether there are such, and of many, whether they can be kept.
         fail: makes the errors.
+        check: of many that are not kept, is given each.
 
     Returns:
         Where the object ends; None where it is none from text to text.
 
     Raises:
-        CheckpointError: what `fail` makes of "DUPLICATE_KEY", "BAD_UTF8" or "BAD_JSON", where pairs are kept.
+        CheckpointError: what `fail` makes of "DUPLICATE_KEY", "BAD_UTF8" or "BAD_JSON".
 
     Example:
         >>> found = {}
@@ -189,6 +196,8 @@ def pairs(data: bytes, at: int, into: MutableMapping[str, str] | None, fail: Fai
     """
     if into is None:
         whole = _TEXT_TO_TEXT.match(data, at)
+        if whole is not None and len(whole[0]) > _MANY:
+            _check_pairs(data, at, len(whole[0]), fail, check)
         return None if whole is None else whole.end()
     opened = _OPEN.match(data, at)
     if opened is None:
@@ -211,6 +220,37 @@ def pairs(data: bytes, at: int, into: MutableMapping[str, str] | None, fail: Fai
                 shared[value] = text
         into[name] = text
     return at
+
+
+def _check_pairs(data: bytes, at: int, size: int, fail: Fail, check: Callable[[str, str], object] | None) -> None:
+    """What would be raised while pairs are kept. Names are told apart by a bit each, and by themselves in doubt."""
+    count = 8 * min(size, _MOST_BITS // 8)
+    bits = bytearray(count // 8)
+    doubtful: set[int] = set()
+    for name, value in _texts(data, at, fail):
+        slot = hash(name) % count
+        if bits[slot >> 3] & 1 << (slot & 7):
+            doubtful.add(slot)
+        bits[slot >> 3] |= 1 << (slot & 7)
+        if check is not None:
+            check(name, value)
+    del bits
+    seen: set[str] = set()
+    for name, _ in _texts(data, at, fail) if doubtful else ():
+        if hash(name) % count in doubtful:
+            if name in seen:
+                raise fail("DUPLICATE_KEY", f"the name {name[:200]!r} stands twice in one object")
+            seen.add(name)
+
+
+def _texts(data: bytes, at: int, fail: Fail) -> Iterator[tuple[str, str]]:
+    """The pairs of an object that `_TEXT_TO_TEXT` matched."""
+    opened = _OPEN.match(data, at)
+    found = None if opened is None or opened[1] else _PAIR.match(data, opened.end())
+    while found is not None:
+        raw, value, mark = found.groups()
+        yield text_of(raw, fail), text_of(value, fail)
+        found = None if mark == b"}" else _PAIR.match(data, found.end())
 
 
 class Survey:
@@ -264,6 +304,8 @@ class Survey:
         return code, at
 
 
+_MANY: Final = 1 << 20  # bytes of pairs of which a flaw is found before any is kept
+_MOST_BITS: Final = 1 << 28  # a hundred for each name of most headers; of those of many tiny names a dozen
 _PARTS: Final = 12
 _FAR: Final = 2**63  # no file ends there
 

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from funcmodel.core.entries import Entry, Survey, entries, pairs
 from funcmodel.core.limits import Limits, name_error
-from funcmodel.core.strict_json import Fail, deeper, parsed
+from funcmodel.core.strict_json import Fail, deeper, parsed, weight
 from funcmodel.errors import CheckpointError, HeaderError, TruncatedError
 from funcmodel.records.checkpoint import StoredTensor
 from funcmodel.records.dtypes import FROM_SAFETENSORS
@@ -19,6 +19,7 @@ SMALL: Final = 2 << 20
 """Of a header of at most so many bytes that is wrong, the JSON value is built, to report what a parser sees first."""
 LARGE: Final = 4 << 20
 """A header of more bytes is read twice: first to find whether it is right, then to keep what it says."""
+_ROOM: Final = 48 << 20  # bytes of memory for a value that is built only to report on it
 _FIELDS: Final = {"dtype", "shape", "data_offsets"}
 
 Tensors = dict[str, StoredTensor]
@@ -56,7 +57,7 @@ def read_header(header: bytes, path: str, nbytes: int, limits: Limits) -> tuple[
             _survey(header, path, nbytes, limits)
         return _walked(header, path, nbytes, limits)
     except HeaderError as error:
-        if len(header) > SMALL:
+        if len(header) > SMALL or weight(header) > _ROOM:
             if error.code in ("BAD_JSON", "ENTRY_FIELDS", "METADATA_TYPE") and deeper(header, limits.json_depth, 8):
                 raise header_error("JSON_DEPTH", path, f"its header nests deeper than {limits.json_depth}") from error
             raise

@@ -13,6 +13,8 @@ from funcmodel.records.config import STYLES, Config, Json, JsonStyle, freeze, th
 from funcmodel.records.mapping import FrozenMap
 
 _LARGE: Final = 2 << 20  # bytes of JSON that are parsed as they are, and that a larger index may have beside its map
+_ROOM: Final = 48 << 20  # bytes of memory for what is parsed as it is
+_MOST_KNOWN: Final = 4096
 # Each of the ten letters may stand there as an escape of six.
 _WEIGHT_MAP: Final = re.compile(rb'"(?:weight_map|[\w\\]{11,60})"[ \t\n\r]*+:[ \t\n\r]*+\{')
 
@@ -42,7 +44,16 @@ def parse_index(
 
     if len(data) > limits.index_bytes:
         raise fail("INDEX_TOO_LARGE", f"{len(data)} bytes, at most {limits.index_bytes} are read")
-    index = _value(data, limits, fail)
+    known: set[str] = set()
+
+    def check(key: str, shard: str) -> None:
+        _check_key(key, limits, fail)
+        if shard not in known:
+            _check_shard(shard, key, path, limits, suffixes, fail)
+            if len(known) < _MOST_KNOWN:
+                known.add(shard)
+
+    index = _value(data, limits, fail, check)
     if type(index) is not dict or type(index.get("weight_map")) is not dict or not index["weight_map"]:
         raise fail("INDEX_SHAPE", "expected an object with a weight_map from keys to files that is not empty")
     metadata = index.get("metadata")
@@ -51,26 +62,23 @@ def parse_index(
     shards: dict[str, str] = {}
     weight_map: dict[str, str] = {}
     for key, shard in index["weight_map"].items():
-        if not (key.isascii() and key.isprintable() and 0 < len(key) <= limits.name_chars):
-            wrong = name_error(key, limits)
-            if wrong is not None:
-                raise fail(wrong[0], f"key {key[:80]!r}: {wrong[1]}", key=key)
+        _check_key(key, limits, fail)
         if type(shard) is not str:
             raise fail("SHARD_NAME", f"key {key!r} lies in {shard!r:.80}, expected a file name", key=key)
-        known = shards.get(shard)
-        if known is None:
+        one = shards.get(shard)
+        if one is None:
             _check_shard(shard, key, path, limits, suffixes, fail)
-            known = shards[shard] = shard
-        weight_map[key] = known  # one text object per shard, not one per key
+            one = shards[shard] = shard
+        weight_map[key] = one  # one text object per shard, not one per key
     return IndexSpec(
         path=path, weight_map=FrozenMap(weight_map), metadata=FrozenMap(_frozen(metadata or {})), nbytes=len(data)
     )
 
 
-def _value(data: bytes, limits: Limits, fail: Fail) -> Any:
+def _value(data: bytes, limits: Limits, fail: Fail, check: Callable[[str, str], object]) -> Any:
     """The JSON value, without building one whose size only a flawed text could have."""
     if len(data) <= _LARGE:
-        return parsed(data, fail, depth=limits.json_depth, digits=limits.int_digits)
+        return parsed(data, fail, depth=limits.json_depth, digits=limits.int_digits, room=_ROOM)
     from funcmodel.core.entries import pairs  # here, because most indexes are small
 
     mark = "weight_map"
@@ -78,11 +86,11 @@ def _value(data: bytes, limits: Limits, fail: Fail) -> Any:
         mark += "#"
     for found in _WEIGHT_MAP.finditer(data):
         start = found.end() - 1
-        stop = pairs(data, start, None, fail)
+        stop = pairs(data, start, None, fail, check)
         if stop is None or len(data) - (stop - start) > _LARGE:
             continue
         rest = b'%b"%b"%b' % (data[:start], mark.encode(), data[stop:])
-        index = parsed(rest, fail, depth=limits.json_depth, digits=limits.int_digits)
+        index = parsed(rest, fail, depth=limits.json_depth, digits=limits.int_digits, room=_ROOM)
         if type(index) is dict and index.get("weight_map") == mark:
             index["weight_map"] = {}
             pairs(data, start, index["weight_map"], fail)
@@ -94,6 +102,13 @@ def _value(data: bytes, limits: Limits, fail: Fail) -> Any:
 
 def _frozen(fields: Mapping[str, Any]) -> dict[str, Json]:
     return {name: freeze(value) for name, value in fields.items()}
+
+
+def _check_key(key: str, limits: Limits, fail: Callable[..., IndexMismatchError]) -> None:
+    if not (key.isascii() and key.isprintable() and 0 < len(key) <= limits.name_chars):
+        wrong = name_error(key, limits)
+        if wrong is not None:
+            raise fail(wrong[0], f"key {key[:80]!r}: {wrong[1]}", key=key)
 
 
 def _check_shard(
@@ -149,7 +164,7 @@ _CONFIG_DIGITS = 400
 _CONFIG_DEPTH = 64
 
 
-def parse_config(text: str | bytes, *, path: str = "config.json") -> Config:
+def parse_config(text: str | bytes, *, path: str = "config.json", limits: Limits = LIMITS) -> Config:
     """A `config.json` as a record that writes back byte for byte, if Python's json module wrote it.
 
     Every field is kept, known or not, in the file's order; a null stays a null. `Config.style` holds the layout.
@@ -157,6 +172,7 @@ def parse_config(text: str | bytes, *, path: str = "config.json") -> Config:
     Args:
         text: the whole file, line ends untranslated.
         path: for messages.
+        limits: what is accepted; values may take 15 times `config_bytes` in memory.
 
     Raises:
         CheckpointError: it is no JSON object, or one with a name twice; `code` says which.
@@ -174,7 +190,15 @@ def parse_config(text: str | bytes, *, path: str = "config.json") -> Config:
         data = text if isinstance(text, bytes) else text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise fail("BAD_UTF8", "half a character (a lone surrogate)") from error
-    fields = parsed(data, fail, depth=_CONFIG_DEPTH, digits=_CONFIG_DIGITS, nonfinite="keep", surrogates="keep")
+    fields = parsed(
+        data,
+        fail,
+        depth=_CONFIG_DEPTH,
+        digits=_CONFIG_DIGITS,
+        nonfinite="keep",
+        surrogates="keep",
+        room=15 * limits.config_bytes,
+    )
     if type(fields) is not dict:
         raise fail("BAD_JSON", f"expected an object, found {type(fields).__name__}")
     return Config(fields, _style(fields, data.decode("utf-8")))
@@ -197,15 +221,30 @@ def render_config(config: Config) -> str:
 
 
 def _rendered(fields: dict[str, Any], style: JsonStyle) -> str:
-    separators = (",", ":") if style.compact else None
-    text = json.dumps(fields, indent=style.indent, ensure_ascii=style.ascii, separators=separators)
+    text = json.dumps(fields, indent=style.indent, ensure_ascii=style.ascii, separators=_separators(style))
     return text.replace("\n", style.ending) + style.ending if style.ending == "\r\n" else text + style.ending
+
+
+def _renders(fields: dict[str, Any], style: JsonStyle, text: str) -> bool:
+    """Whether a style reproduces a text, told part by part: deep values are far longer where each has a line."""
+    encoder = json.JSONEncoder(indent=style.indent, ensure_ascii=style.ascii, separators=_separators(style))
+    at = 0
+    for part in encoder.iterencode(fields):
+        found = part.replace("\n", style.ending) if style.ending == "\r\n" else part
+        if not text.startswith(found, at):
+            return False
+        at += len(found)
+    return text[at:] == style.ending
+
+
+def _separators(style: JsonStyle) -> tuple[str, str] | None:
+    return (",", ":") if style.compact else None
 
 
 def _style(fields: dict[str, Any], text: str) -> JsonStyle:
     """The layout of a text: the one that reproduces it, else the one that comes near."""
     for style in STYLES:
-        if _rendered(fields, style) == text:
+        if _renders(fields, style, text):
             return style
     ending = "\r\n" if text.endswith("\r\n") else "\n" if text.endswith("\n") else ""
     lines = text.splitlines()

@@ -12,7 +12,7 @@ class Limits:
 
     Attributes:
         header_bytes: length of a safetensors header; safetensors itself refuses more than the default.
-        index_bytes: size of an index file.
+        index_bytes: size of an index file, or of the file of digests beside another.
         config_bytes: size of a `config.json`, whose whole value is built.
         ndim: dimensions of a tensor.
         name_chars: length of a tensor's name.
@@ -30,6 +30,19 @@ class Limits:
 
 
 LIMITS: Final = Limits()
+
+
+def accepted(nbytes: int) -> Limits:
+    """The limits for a file that is, by its fingerprint, the one that a scan accepted: nothing in it outgrows it.
+
+    Args:
+        nbytes: size of the file in bytes.
+
+    Example:
+        >>> accepted(1000).ndim
+        1000
+    """
+    return Limits(header_bytes=nbytes, ndim=nbytes, name_chars=nbytes)
 
 
 def check_choice(option: str, value: object, choices: tuple[object, ...]) -> None:

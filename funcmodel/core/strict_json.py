@@ -13,6 +13,7 @@ Fail = Callable[[str, str], CheckpointError]
 _ALL: Final = bytes(range(256))
 _NOT_STRUCTURE: Final = bytes(b for b in _ALL if b not in b'[]{}"')
 _STRING_OR_BRACKET: Final = re.compile(rb'[\[{][^\[\]{}"]*+[\]}]|[\[\]{}]|"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+_STRING: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _BRACES_AS_BRACKETS: Final = bytes.maketrans(b"{}", b"[]")
 _DIGITS_ALIKE: Final = bytes(ord("0") if b in b"0123456789" else ord(" ") for b in _ALL)
 
@@ -41,6 +42,7 @@ def parsed(
     digits: int = 20,
     nonfinite: Literal["refuse", "keep"] = "refuse",
     surrogates: Literal["refuse", "keep"] = "refuse",
+    room: int | None = None,
 ) -> Any:
     r"""The value of a JSON text.
 
@@ -51,10 +53,11 @@ def parsed(
         digits: most digits of an integer.
         nonfinite: whether NaN and Infinity, which are no JSON but which Python writes, are values.
         surrogates: whether escapes such as "\ud800", which stand for no character, are text.
+        room: most bytes of memory that the value may take; None for any.
 
     Raises:
-        CheckpointError: what `fail` makes of "BAD_UTF8", "BAD_JSON", "JSON_DEPTH", "INT_TOO_LONG", "DUPLICATE_KEY" or
-            "NONFINITE_LITERAL".
+        CheckpointError: what `fail` makes of "BAD_UTF8", "BAD_JSON", "JSON_DEPTH", "INT_TOO_LONG", "DUPLICATE_KEY",
+            "NONFINITE_LITERAL" or, of what has too many values, "INDEX_TOO_LARGE".
 
     Example:
         >>> parsed(b'{"a": [1, 2]}', lambda code, found: CheckpointError(found, code=code))
@@ -63,6 +66,8 @@ def parsed(
     text = decoded(data, fail)
     if depth_exceeds(data, depth):
         raise fail("JSON_DEPTH", f"nested deeper than {depth} levels")
+    if room is not None and weight(data) > room and weight(data, exact=True) > room:
+        raise fail("INDEX_TOO_LARGE", f"{len(data)} bytes of JSON whose values take more than {room >> 20} MiB")
 
     def integer(literal: str) -> int | float:
         if len(literal) - (literal[0] == "-") > digits:
@@ -94,6 +99,30 @@ def parsed(
     if surrogates == "refuse" and b"\\u" in data:
         _refuse_surrogates(value, fail)
     return value
+
+
+def weight(data: bytes, *, exact: bool = False) -> int:
+    r"""Bytes of memory that the value of a JSON text takes at most while it is made, told by its punctuation.
+
+    Args:
+        data: the text.
+        exact: whether punctuation in strings does not count. That takes longer.
+
+    Example:
+        >>> weight(b'{"a": [1, 2]}') < 1000, weight(b"[" + b"{}," * 1_000_000) > 90_000_000
+        (True, True)
+        >>> weight(b'["' + b"," * 1000 + b'"]') > weight(b'["' + b"," * 1000 + b'"]', exact=True)
+        True
+    """
+    lists, objects, commas, members = (data.count(mark) for mark in (b"[", b"{", b",", b":"))
+    if exact:
+        for found in _STRING.finditer(data):
+            text = found[0]
+            lists, objects = lists - text.count(b"["), objects - text.count(b"{")
+            commas, members = commas - text.count(b","), members - text.count(b":")
+    # A list and an object, twice, as they may be frozen; an item; a member with its pair, its name and its value.
+    built = 200 * lists + 400 * objects + 90 * max(commas - members, 0) + 290 * members
+    return built + 2 * len(data) * (1 if data.isascii() else 4)
 
 
 def distinct(pairs: list[tuple[str, Any]], fail: Fail) -> dict[str, Any]:

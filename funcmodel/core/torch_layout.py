@@ -176,7 +176,7 @@ def _geometry(name: str, tensor: PickledTensor, path: str, limits: Limits) -> _G
         raise _error("BIN_GEOMETRY", path, found, key=name)
     if len(shape) > limits.ndim:
         found = f"tensor {name!r} has {len(shape)} dimensions, at most {limits.ndim} are read"
-        raise _error("BIN_GEOMETRY", path, found, key=name)
+        raise _error("BIN_GEOMETRY", path, found, key=name, do="if you trust it, pass limits=fm.Limits(ndim=...)")
     if not all(type(n) is int and 0 <= n <= _LARGEST for n in (offset, *shape, *strides)):
         found = f"tensor {name!r} has a size, a stride or an offset that is no integer from 0 to 2**63 - 1"
         raise _error("BIN_GEOMETRY", path, found, key=name)
@@ -268,7 +268,7 @@ def _choices(candidates: tuple[tuple[str, ...], ...]) -> str:
     if not candidates:
         return "no dict in it holds tensors only; " + _SAVE
     shown = ", ".join(f"key={path[0] if len(path) == 1 else path!r}"[:120] for path in candidates[:4])
-    return f"name the state dict with scan(path, key=...), here {shown}"
+    return f"name the state dict with scan(path, key=...), or --key, here {shown}"
 
 
 def _lost(root: Any, at: tuple[str, ...], path: str) -> HeaderError:

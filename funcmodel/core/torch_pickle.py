@@ -1,13 +1,13 @@
 """The words of a torch checkpoint's pickle: tensors and storages become records, everything else stays inert."""
 
-from collections.abc import Iterable
+from collections.abc import Container
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from attrs import frozen
 
 from funcmodel.core.opcodes import Global, Inert, unpickled
-from funcmodel.core.strict_json import Fail
+from funcmodel.errors import CheckpointError
 from funcmodel.records import dtypes
 from funcmodel.records.dtypes import DType
 
@@ -101,13 +101,28 @@ _INERT: Final = frozenset(
 )
 
 
-def torch_unpickled(data: bytes, fail: Fail, *, inert: Iterable[str] = ()) -> Any:
+class Refusal(Protocol):
+    """Makes the error from a code, what was found, and further fields."""
+
+    def __call__(self, code: str, found: str, /, **more: Any) -> CheckpointError:
+        """The error, to be raised by the caller."""
+
+
+class Everything:
+    """A container that holds whatever it is asked for, for example every module-level name."""
+
+    def __contains__(self, item: object) -> bool:
+        return True
+
+
+def torch_unpickled(data: bytes, fail: Refusal, *, inert: Container[str] = (), nbytes: int = 0) -> Any:
     """What a torch checkpoint's pickle holds: dicts, lists and plain values, with `PickledTensor` for tensors.
 
     Args:
         data: the pickle.
-        fail: makes the error that is raised, of a code and words.
+        fail: makes the error that is raised, of a code, words and fields: `name` where a name is forbidden.
         inert: further module-level names ("module.name") to read past. They are not imported either.
+        nbytes: size of the file that holds the pickle, in bytes.
 
     Raises:
         CheckpointError: as `fail` makes it; codes "BIN_PICKLE", "BIN_GLOBAL_FORBIDDEN", "BIN_GEOMETRY" and
@@ -119,15 +134,15 @@ def torch_unpickled(data: bytes, fail: Fail, *, inert: Iterable[str] = ()) -> An
         >>> torch_unpickled(pickle.dumps({"args": Namespace(lr=1)}), None)
         {'args': Inert(name='argparse.Namespace')}
     """
-    return unpickled(data, _Words(fail, frozenset(inert)), fail)
+    return unpickled(data, _Words(fail, inert), fail, nbytes=nbytes)
 
 
 @frozen
 class _Words:
     """The vocabulary of `torch.save`."""
 
-    fail: Fail
-    inert: frozenset[str]
+    fail: Refusal
+    inert: Container[str]
 
     def find(self, name: str) -> Any:
         if name in _GLOBALS:
@@ -136,9 +151,8 @@ class _Words:
             return _DTYPES[name]
         if name in _INERT or name in self.inert:
             return Inert(name)
-        raise self.fail(
-            "BIN_GLOBAL_FORBIDDEN", f"its pickle names {name[:200]!r}, which no checkpoint of tensors needs"
-        )
+        found = f"its pickle names {name[:200]!r}, which no checkpoint of tensors needs"
+        raise self.fail("BIN_GLOBAL_FORBIDDEN", found, name=name)
 
     def call(self, function: Any, args: tuple[Any, ...]) -> Any:
         if type(function) is Inert:
@@ -167,8 +181,9 @@ class _Words:
         if type(dtype) is not DType:
             raise self.fail("BIN_PICKLE", "its pickle makes a tensor without a dtype")
         metadata = args[extra] if len(args) > extra else {}
-        lazy = next((str(word)[:20] for word in metadata), "") if type(metadata) is dict else "metadata"
-        return PickledTensor(storage, dtype, offset, shape, strides, "" if metadata is None else lazy)
+        word = next(iter(metadata), "") if type(metadata) is dict else "" if metadata is None else "metadata"
+        lazy = word if type(word) is str and len(word) <= 20 else "metadata"  # no text that was not there before
+        return PickledTensor(storage, dtype, offset, shape, strides, lazy)
 
     def stored(self, pid: Any) -> PickledStorage:
         if type(pid) is tuple and len(pid) == 5:

@@ -23,6 +23,8 @@ _FOLDER: Final = 1 << 4
 _ENCRYPTED: Final = 1 << 0 | 1 << 6 | 1 << 13
 LONGEST_END: Final = _END.size + _U16 + _LOCATOR.size + _END_64.size
 """Bytes at the end of a file among which the records that end a zip are found."""
+LONGEST_ENTRY: Final = _ENTRY.size + 3 * _U16
+"""Most bytes that the directory of a zip says of one record."""
 
 
 @frozen(kw_only=True)
@@ -129,7 +131,7 @@ def members(data: bytes, directory: Directory, fail: Fail) -> tuple[Member, ...]
     names: set[str] = set()
     at = 0
     for _ in range(directory.count):
-        member, at = _member(data, at, directory, fail)
+        member, at = member_at(data, at, directory, fail)
         key = member.name.lower()  # torch looks records up without regard to case
         if key in names:
             raise fail("BIN_DUPLICATE_RECORD", f"its zip holds {member.name[:200]!r} twice")
@@ -140,9 +142,34 @@ def members(data: bytes, directory: Directory, fail: Fail) -> tuple[Member, ...]
     return tuple(found)
 
 
-def _member(data: bytes, at: int, directory: Directory, fail: Fail) -> tuple[Member, int]:
+def member_at(
+    data: bytes, at: int, directory: Directory, fail: Fail, *, first: int | None = None
+) -> tuple[Member, int]:
+    """One record of a zip, and where in `data` the next one begins.
+
+    Args:
+        data: bytes of the directory, with the whole entry among them; no entry is longer than `LONGEST_ENTRY`.
+        at: where in `data` the entry begins.
+        directory: what `find_directory` found.
+        fail: makes the error that is raised, of a code and words.
+        first: where in the file `data` begins; None for the start of the directory.
+
+    Raises:
+        CheckpointError: as `fail` makes it; codes "BIN_ZIP", "BIN_ENCRYPTED", "BIN_RECORD_NAME".
+
+    Example:
+        >>> import io, zipfile
+        >>> data = io.BytesIO()
+        >>> with zipfile.ZipFile(data, "w") as archive:
+        ...     archive.writestr("a/b", b"1234")
+        >>> directory = find_directory(data.getvalue(), nbytes=len(data.getvalue()), fail=None)
+        >>> member, stop = member_at(data.getvalue()[directory.start : directory.stop], 0, directory, None)
+        >>> member.name, stop
+        ('a/b', 49)
+    """
     if at + _ENTRY.size > len(data) or data[at : at + 4] != b"PK\1\2":
-        raise fail("BIN_ZIP", f"its directory breaks off at byte {directory.start + at}")
+        start = directory.start if first is None else first
+        raise fail("BIN_ZIP", f"its directory breaks off at byte {start + at}")
     fields = _ENTRY.unpack_from(data, at)
     (flags, method), (crc, packed, nbytes), (name_size, extra_size) = fields[3:5], fields[7:10], fields[10:12]
     comment_size, disk, attributes, offset = fields[12], fields[13], fields[15], fields[16]

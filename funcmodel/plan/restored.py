@@ -56,13 +56,16 @@ def restored(plan: StateDictPlan, *, rounding: Rounding = "raise") -> Transform:
 
     Returns:
         A transform for plans with the keys and shapes of `plan`. Its result has one key per stored tensor, in the
-        order in which `plan` first reads them. On a plan that rules made it gives the plan that was scanned.
+        order in which `plan` first reads them. On a plan that rules made it gives the plan that was scanned. Keys
+        that hold one stored tensor whole, as the ties of a `.bin` do, are restored each under its own name while one of
+        them has the stored name. Otherwise they must still be one tensor, which gets the stored name; what its others
+        were called is not in the plan.
 
     Raises:
         RuleError: a part of a stored tensor is in no key, or in two; two stored tensors have one name; or an
             expression has no inverse (a constant, noise, a call, a cast with a loss). By the transform: keys are
-            missing or unknown, or have another shape, or a dtype that lost bits. Field `keys`, and `name` for a
-            stored tensor.
+            missing or unknown, or have another shape, or a dtype that lost bits; or what was one stored tensor has
+            become several. Field `keys`, and `name` for a stored tensor.
 
     Example:
         >>> from funcmodel.records.expressions import FileRef
@@ -72,8 +75,8 @@ def restored(plan: StateDictPlan, *, rounding: Rounding = "raise") -> Transform:
         True
     """
     specs = {key: spec_of(expr) for key, expr in plan.items()}
-    # A dry run: whatever can go wrong depends on the plan alone, so it is found here and not when saving.
-    _restore(plan, {key: build.live(key, spec) for key, spec in specs.items()}, rounding)
+    # A dry run: what can go wrong with the plan itself is found here and not when saving.
+    _restore(plan, plan, rounding)
 
     def transform(other: StateDictPlan) -> StateDictPlan:
         return StateDictPlan(_restore(plan, _fitting(specs, other, rounding), rounding))
@@ -122,23 +125,35 @@ def _restore(plan: StateDictPlan, values: Mapping[str, Expr], rounding: Rounding
     # By how many reshapes lie below: the outer ones are finished first, since they give pieces of the inner ones.
     reshaped: defaultdict[int, dict[Reshape, Tiles]] = defaultdict(dict)
 
+    def place(expr: Read, value: Expr, keys: tuple[str, ...]) -> None:
+        """A stored tensor that is in `keys` whole."""
+        name = expr.name
+        if keys[0] != name and len(keys) == 1 and plan.get(name) == plan[keys[0]]:
+            alone = prod(shape_of(plan[name])) == prod(expr.spec.shape)
+            name = keys[0] if alone else name  # the same under another name, and neither was renamed
+        held = stored.get(name)
+        if held is None:
+            stored[name] = (expr, value, keys)
+        elif not (isinstance(held, tuple) and held[:2] == (expr, value)):
+            _tiles(stored, name, expr, keys).add(whole(expr.spec.shape), value, keys)
+
     def sort_out(keys: tuple[str, ...], task: Task) -> None:
         tasks = [task]
         while tasks:
             expr, at, value = tasks.pop()
             if isinstance(expr, Read):
-                if expr.name not in stored and at == whole(expr.spec.shape):
-                    stored[expr.name] = (expr, value, keys)
+                if at == whole(expr.spec.shape):
+                    place(expr, value, keys)
                 else:
-                    _tiles(stored, expr, keys).add(at, value, keys)
+                    _tiles(stored, expr.name, expr, keys).add(at, value, keys)
             elif isinstance(expr, Reshape):
                 reshaped[_reshapes(expr)].setdefault(expr, Tiles(expr)).add(at, value, keys)
             else:
                 tasks += reversed(list(_turned(expr, at, value, keys, rounding)))
 
     for key, expr in plan.items():
-        if type(expr) is Read and expr.name not in stored:
-            stored[expr.name] = (expr, values[key], (key,))
+        if type(expr) is Read:
+            place(expr, values[key], (key,))
         else:
             sort_out((key,), (expr, whole(shape_of(expr)), values[key]))
     while reshaped:
@@ -148,16 +163,16 @@ def _restore(plan: StateDictPlan, values: Mapping[str, Expr], rounding: Rounding
     return {name: held[1] if isinstance(held, tuple) else put_together(held) for name, held in stored.items()}
 
 
-def _tiles(stored: dict[str, Tiles | Whole], node: Read, keys: tuple[str, ...]) -> Tiles:
+def _tiles(stored: dict[str, Tiles | Whole], name: str, node: Read, keys: tuple[str, ...]) -> Tiles:
     """What is known of a stored tensor so far, for one more piece."""
-    held = stored.get(node.name)
+    held = stored.get(name)
     if not isinstance(held, Tiles):
-        tiles = stored[node.name] = Tiles(node if held is None else held[0])
+        tiles = stored[name] = Tiles(node if held is None else held[0])
         if held is not None:
             tiles.add(whole(node.spec.shape), held[1], held[2])
         held = tiles
     if held.node is not node and held.node != node:
-        raise held.refusal(f"two stored tensors are called {node.name!r}", keys)
+        raise held.refusal(f"two stored tensors are called {name!r}", keys)
     return held
 
 

@@ -200,7 +200,7 @@ class VerifyReport:
         unrecorded: tensors that nothing is recorded of.
         whole: files that were compared as a whole: blobs of the Hugging Face cache with their name, archives with the
             checksums they hold.
-        nbytes: bytes that were hashed.
+        nbytes: bytes that were compared: of those files all, of the others those of the verified tensors.
     """
 
     path: str

@@ -26,6 +26,7 @@ class StagedFile:
         fd: open for reading and writing.
         filesystem: the calls to make.
         fingerprint: of what was written, once it is sealed.
+        time: of the last write in nanoseconds, once it is sealed.
     """
 
     final: str
@@ -33,6 +34,7 @@ class StagedFile:
     fd: int
     filesystem: FileSystem = REAL
     fingerprint: str = field(default="", init=False)
+    time: int = field(default=0, init=False)
 
     def write(self, buffers: Iterable[memoryview], offset: int) -> int:
         """Write buffers one after the other from `offset` on, however short the kernel's writes are.

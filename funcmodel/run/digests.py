@@ -11,7 +11,7 @@ from attrs import evolve, frozen
 
 from funcmodel.core.digests import Recorded, digests_in, header_digest, parse_sidecar
 from funcmodel.core.folder import SIDECAR
-from funcmodel.core.limits import LIMITS
+from funcmodel.core.limits import LIMITS, Limits, accepted
 from funcmodel.errors import CheckpointError, DigestError
 from funcmodel.records.checkpoint import FileSpec, StoredTensor
 from funcmodel.records.expressions import Expr, FileRef, Read
@@ -65,13 +65,14 @@ class Known:
     inside: bool = False
 
 
-def known(file: SourceFile, ref: FileRef, spec: FileSpec | None) -> Known:
+def known(file: SourceFile, ref: FileRef, spec: FileSpec | None, limits: Limits = LIMITS) -> Known:
     """What is recorded of an open file: in its header, else beside it; and by its name in a cache.
 
     Args:
         file: the file.
         ref: what it was planned as.
         spec: what its header says; None for a format that has no place for digests.
+        limits: what is accepted of a file beside it.
     """
     whole = _blob(file)
     inside = {} if spec is None else digests_in(spec.metadata)
@@ -86,13 +87,21 @@ def known(file: SourceFile, ref: FileRef, spec: FileSpec | None) -> Known:
         return Known(whole=whole)
     try:
         with open_regular(side, root=os.path.dirname(file.path) or os.curdir) as beside:
-            if beside.nbytes > LIMITS.index_bytes:
-                raise DigestError(f"{side}: {beside.nbytes} bytes", code="INDEX_TOO_LARGE", path=side)
+            if beside.nbytes > limits.index_bytes:
+                raise DigestError(
+                    f"{side}: {beside.nbytes} bytes, at most {limits.index_bytes} are read; if you trust it, pass "
+                    "limits=fm.Limits(index_bytes=...) to verify",
+                    code="INDEX_TOO_LARGE",
+                    path=side,
+                    expected=f"at most {limits.index_bytes} bytes",
+                    found=f"{beside.nbytes} bytes",
+                )
             text = beside.read(0, beside.nbytes)
-        found = parse_sidecar(text, path=side, nbytes=ref.nbytes, fingerprint=ref.fingerprint)
+        found = parse_sidecar(text, path=side, nbytes=ref.nbytes, fingerprint=ref.fingerprint, limits=limits)
     except DigestError as error:
         expected, other = error.fields.get("expected"), error.fields.get("found")
-        return Known(whole=whole, damage=(Damage(file.path, None, error.code, expected, other),))
+        damaged = file.path if error.code == "DIGEST_STALE" else side
+        return Known(whole=whole, damage=(Damage(damaged, None, error.code, expected, other),))
     return Known(found, whole)
 
 
@@ -162,7 +171,8 @@ def _to_compare(
     file: SourceFile, read: Reader, ref: FileRef, format_: Format, reads: Iterable[tuple[str, int, int]]
 ) -> tuple[list[Damage], list[Span]]:
     """What already is wrong with a file, and what of it must be hashed, for these names and places."""
-    found = known(file, ref, format_.scan(file, LIMITS) if format_.write is not None else None)
+    # Its fingerprint is that of the plan: whoever scanned it accepted this header, under whatever limits.
+    found = known(file, ref, format_.scan(file, accepted(file.nbytes)) if format_.write is not None else None)
     broken = any(one.code != "DIGEST" for one in found.damage)  # then what is missing was told
     missing: list[Damage] = []
     spans: dict[str | None, Span] = {}
@@ -182,12 +192,10 @@ def _to_compare(
 def own_check(file: SourceFile, format_: Format) -> list[Damage]:
     """What a format finds that holds checksums of its own."""
     try:
-        if format_.verify is not None:
-            format_.verify(file)
+        return [] if format_.verify is None else list(format_.verify(file))
     except CheckpointError as error:
         keys = error.fields.get("keys") or (error.fields.get("key"),)
         return [Damage(file.path, key, error.code) for key in keys]
-    return []
 
 
 def span(file: SourceFile, read: Reader, name: str, at: Recorded) -> Span:
@@ -245,7 +253,18 @@ def _told(one: Damage) -> str:
                 "record_digests(path)"
             )
         case "DIGEST_STALE":
-            text = f"the digests beside it are of another file ({one.expected}, found {one.found}); record them again"
+            text = (
+                f"the digests beside it, in {one.file}{SIDECAR}, are of another file (bytes and fingerprint "
+                f"{one.expected}, found {one.found}); remove them, or record_digests(path)"
+            )
+        case "BIN_CRC":
+            text = (
+                f"{what} lies in a record whose checksum is not the one in the zip's directory (expected "
+                f"{one.expected}, found {one.found}); download or save it again"
+            )
+        case _ if one.file.endswith(SIDECAR):
+            expected = "" if one.expected is None else f", expected {one.expected}"
+            text = f"holds no digests ({one.code}: {one.found}{expected}); remove it, or record_digests(path)"
         case _:
             text = f"{what}: {one.code}; download or save it again"
     return f"{one.file}: {text}"

@@ -34,6 +34,8 @@ def existing_checkpoint(
     Raises:
         CheckpointError: the folder cannot be listed; code "OPEN".
     """
+    from funcmodel.run.journal import is_foreign  # who only loads needs none of it
+
     where = os.fspath(folder)
     try:
         names = set(os.listdir(where))
@@ -44,7 +46,7 @@ def existing_checkpoint(
     names -= stands_in(where, names).hidden
     single = single_name(name, variant=variant)
     indexes = [rival for rival in rivals(single) if rival in names]
-    held = {file for index in indexes for file in listed(os.path.join(where, index))}
+    held = {file for index in indexes for file in listed(os.path.join(where, index)) if not is_foreign(file, single)}
     files = ({single} | held) & names
     used = f"{single.removesuffix(SUFFIX)}-"
     if not files and not indexes and not any(name.startswith(used) and name.endswith(SUFFIX) for name in names):

@@ -8,26 +8,27 @@ import errno
 import fcntl
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Final, Literal, TypeAlias
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 Symlinks: TypeAlias = Literal["follow", "refuse"]
 Durability: TypeAlias = Literal["full", "none"]
 
 FOLDER: Final = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0)
 CREATE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
-SHARED: Final = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
+# O_NONBLOCK: a pipe or a device in the place of a lock must not keep the writer waiting.
+THERE: Final = os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
+SHARED: Final = THERE | os.O_RDWR | os.O_CREAT
 
-_UNSUPPORTED: Final = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL})
+NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL})
 
 
 def _lock(fd: int) -> bool:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in _UNSUPPORTED:
-            return True
         if error.errno in (errno.EAGAIN, errno.EACCES):
             return False
         raise
@@ -46,8 +47,8 @@ class FileSystem:
         close: give a descriptor back.
         fchmod: set the mode of an open file.
         fstat: what an open file is.
-        flock: take the exclusive lock of an open file without waiting: whether it was free. True, too, where the
-            system has no such locks.
+        flock: take the exclusive lock of an open file without waiting: whether it was free. An error of `NO_LOCKS`
+            where the system has no such locks.
         replace: rename a file over whatever has the new name.
         unlink: remove a name.
         mkdir: make a folder.
@@ -79,3 +80,41 @@ class FileSystem:
 
 
 REAL: Final = FileSystem()
+
+
+class OpenFiles:
+    """A file system's calls, where what was opened is closed at the latest when this object is closed or dropped.
+
+    An interrupt strikes between any two steps of Python, also between the call that opens a file and the assignment
+    that keeps its descriptor. Here these two are one step, and so are forgetting a descriptor and closing it. It is
+    for one thread.
+    """
+
+    def __init__(self, filesystem: FileSystem) -> None:
+        self._filesystem = filesystem
+        self._fds: list[int] = []
+
+    def calls(self) -> FileSystem:
+        """The calls to make instead. They keep this object alive."""
+        return evolve(self._filesystem, open=self._open, close=self._close)
+
+    def _open(self, path: str, flags: int, mode: int) -> int:
+        self._fds.extend(map(self._filesystem.open, (path,), (flags,), (mode,)))
+        return self._fds[-1]
+
+    def _close(self, fd: int) -> None:
+        if fd in self._fds:
+            self._drop(self._fds.index(fd))
+
+    def _drop(self, at: int) -> None:
+        list(map(self._filesystem.close, map(self._fds.pop, (at,))))
+
+    def close(self) -> None:
+        """Close what is still open."""
+        while self._fds:
+            with suppress(OSError):  # it is closed whatever the system says
+                self._drop(-1)
+
+    def __del__(self) -> None:
+        with suppress(BaseException):  # nobody is left who could be told
+            self.close()

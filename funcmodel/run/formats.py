@@ -1,7 +1,7 @@
 """`Format`: how files with one suffix become records and bytes. Formats are passed to readers, never registered."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, TypeAlias
 
 from attrs import evolve, frozen
@@ -11,6 +11,7 @@ from funcmodel.core.wire import Limits, header_length, parse_header, render_head
 from funcmodel.errors import CheckpointError, StalePlanError, UnknownFormatError
 from funcmodel.records.checkpoint import FileSpec
 from funcmodel.records.expressions import FileRef
+from funcmodel.records.reports import Damage
 from funcmodel.records.tensors import TensorSpec
 from funcmodel.run.files import SourceFile, open_regular, prefix_fingerprint
 
@@ -39,9 +40,11 @@ class Format:
         decode: makes the `read` of one open file, where that takes more than the range; called once per file that a
             plan reads, before the first byte of any.
         write: makes the first bytes of a file; None where the format is only read.
-        fingerprint: the `FileSpec.fingerprint` alone, where that is cheaper than `scan`.
+        fingerprint: the `FileSpec.fingerprint` alone, where that is cheaper than `scan`. Without it a plan's files are
+            scanned again, within the default `Limits`.
         at: the format of the same files that scans the dict under these keys; None where files hold one flat dict.
-        verify: compares the whole file with checksums that the format itself holds, or raises; None where it has none.
+        verify: compares the whole file with checksums that the format itself holds, and gives all that differ; None
+            where it has none. A scan accepted the file.
     """
 
     name: str
@@ -52,7 +55,7 @@ class Format:
     write: WriteHeader | None = None
     fingerprint: Callable[[SourceFile], str] | None = None
     at: "Callable[[tuple[str, ...]], Format] | None" = None
-    verify: Callable[[SourceFile], None] | None = None
+    verify: Callable[[SourceFile], Sequence[Damage]] | None = None
 
 
 def scan_safetensors(file: SourceFile, limits: Limits = LIMITS) -> FileSpec:
@@ -111,13 +114,13 @@ class _TorchZipAt:
 def _torch_zip_fingerprint(file: SourceFile) -> str:
     from funcmodel.run.torch_zip import torch_zip_fingerprint
 
-    return torch_zip_fingerprint(file, LIMITS)
+    return torch_zip_fingerprint(file)
 
 
-def _check_torch_zip(file: SourceFile) -> None:
+def _check_torch_zip(file: SourceFile) -> Sequence[Damage]:
     from funcmodel.run.torch_zip import check_torch_zip
 
-    check_torch_zip(file, LIMITS)
+    return check_torch_zip(file)
 
 
 def torch_zip(suffix: str = ".bin", *, inert: tuple[str, ...] = ()) -> Format:
@@ -128,7 +131,8 @@ def torch_zip(suffix: str = ".bin", *, inert: tuple[str, ...] = ()) -> Format:
     Args:
         suffix: how the file names end, with the dot.
         inert: further module-level names ("module.name") that the pickle may mention beside the state dict, such as a
-            class of the training script. They are read past: neither imported nor called.
+            class of the training script. They are read past: neither imported nor called, and what they made is left
+            out; `BIN_GLOBAL_FORBIDDEN` is the error that names them.
 
     Returns:
         The format, only for reading.
@@ -166,7 +170,8 @@ def format_of(path: str | os.PathLike[str], formats: tuple[Format, ...] = FORMAT
             return format_
     known = ", ".join(f.suffix for f in formats) or "none"
     raise UnknownFormatError(
-        f"{name}: no format reads such a file, known suffixes: {known}; convert it, or pass formats=(...)",
+        f"{name}: no format reads such a file, known suffixes: {known}; if torch.save wrote it, pass "
+        "formats=(fm.torch_zip(suffix),), or --suffix",
         code="SUFFIX",
         path=name,
     )
@@ -198,12 +203,13 @@ def range_reader(format_: Format, file: SourceFile) -> ReadRange | None:
     return format_.read if format_.decode is None else format_.decode(file)
 
 
-def open_source(ref: FileRef, *, formats: tuple[Format, ...] = FORMATS) -> SourceFile:
+def open_source(ref: FileRef, *, formats: tuple[Format, ...] = FORMATS, limits: Limits = LIMITS) -> SourceFile:
     """Open a planned file, if it still is the file that was planned.
 
     Args:
         ref: the file as a plan's leaves name it.
         formats: the formats to choose from.
+        limits: what the scan of a format without `fingerprint` accepts.
 
     Returns:
         The open file; close it, or use it as a context manager.
@@ -223,7 +229,7 @@ def open_source(ref: FileRef, *, formats: tuple[Format, ...] = FORMATS) -> Sourc
     try:
         if file.nbytes != ref.nbytes:
             raise _stale(ref, f"has {file.nbytes} bytes, had {ref.nbytes}", ref.nbytes, file.nbytes)
-        found = _fingerprint(format_, file, ref)
+        found = _fingerprint(format_, file, ref, limits)
         if found != ref.fingerprint:
             raise _stale(ref, f"its header changed ({ref.fingerprint} -> {found})", ref.fingerprint, found)
     except BaseException:
@@ -232,11 +238,11 @@ def open_source(ref: FileRef, *, formats: tuple[Format, ...] = FORMATS) -> Sourc
     return file
 
 
-def _fingerprint(format_: Format, file: SourceFile, ref: FileRef) -> str:
+def _fingerprint(format_: Format, file: SourceFile, ref: FileRef, limits: Limits) -> str:
     try:
         if format_.fingerprint is not None:
             return format_.fingerprint(file)
-        return format_.scan(file, LIMITS).fingerprint
+        return format_.scan(file, limits).fingerprint
     except CheckpointError as error:
         raise _stale(ref, "can no longer be read", ref.fingerprint, None) from error
 

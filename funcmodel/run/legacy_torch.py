@@ -182,22 +182,21 @@ def _load(file: SourceFile) -> Any:
         found = f"needs torch 2.10, whose weights_only=True is safe; this is torch {torch.__version__}"
         raise _error(file.path, "BIN_LEGACY_TORCH", found, do="update torch, or convert the file where it was made")
     if file.read(0, min(4, file.nbytes)) == b"PK\3\4":
-        do = "leave formats= out, and it is read as such"
+        do = "leave formats= or --legacy out, and it is read as such"
         raise _error(file.path, "BIN_LEGACY_ZIP", "is a zip, as torch writes since 1.6", do=do)
     try:
         with io.BufferedReader(_Stream(file), _CHUNK) as stream:
-            _check_storages(cast(BinaryIO, stream), file.path)
+            _check_storages(cast(BinaryIO, stream), file.path, file.nbytes)
             stream.seek(0)
             return torch.load(stream, map_location="cpu", weights_only=True)
     except FuncmodelError:
         raise
     except Exception as error:  # whatever a parser of foreign bytes raises, this is what it means
-        raise _error(
-            file.path, "BIN_LEGACY", f"torch.load refuses it ({type(error).__name__}: {error!s:.300})"
-        ) from error
+        why = str(error).rpartition("WeightsUnpickler error: ")[2]  # before it stands how to load it unsafely
+        raise _error(file.path, "BIN_LEGACY", f"torch.load refuses it ({type(error).__name__}: {why:.300})") from error
 
 
-def _check_storages(stream: BinaryIO, path: str) -> None:
+def _check_storages(stream: BinaryIO, path: str, nbytes: int) -> None:
     """Refuse a file whose list of storages omits one that a tensor names: torch.load gives it whatever memory holds.
 
     A legacy file is five pickles, then the bytes of the storages in the order of the fifth.
@@ -214,7 +213,7 @@ def _check_storages(stream: BinaryIO, path: str) -> None:
             continue
         stop = stream.tell()
         stream.seek(start)
-        values.append(unpickled(stream.read(stop - start), words, fail))
+        values.append(unpickled(stream.read(stop - start), words, fail, nbytes=nbytes))
     listed = values[4]
     if type(listed) is not list or not words.keys <= {key for key in listed if type(key) is str}:
         raise _error(path, "BIN_LEGACY", "lists other storages than its tensors name")

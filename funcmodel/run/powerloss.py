@@ -1,6 +1,7 @@
 """What a loss of power could leave of a save: watch it with `simulated`, then ask `power_losses` for every state.
 
-Written bytes are safe once their file was flushed, names once their folder was. Until then
+Written bytes, and the time of the last write, are safe once their file was flushed, names once their folder was. Until
+then
 
 * a file may be found as it was last flushed, empty, half written or whole;
 * of the operations on the names of a folder since its last flush the disk kept the first few (model "A", as a file
@@ -45,6 +46,8 @@ from funcmodel.run.faults import Disk, intercepted
 from funcmodel.run.filesystem import FileSystem
 
 Model: TypeAlias = Literal["A", "B"]
+Held: TypeAlias = tuple[bytes, int]
+"""What a file holds, and when it was last written."""
 
 _MOST: Final = 4096  # subsets, and choices of contents, that are all tried; of more there is a sample
 
@@ -61,6 +64,7 @@ class Event:
         node: the number of the file or folder.
         data: what was written.
         at: offset of the first byte written, or the size that was left.
+        time: of the last write since then, in nanoseconds.
         names: the names that changed, to the file or folder that each of them now is; None for none.
         failed: the flush failed. Systems then forget what was waiting, and a second flush does not bring it back.
     """
@@ -69,6 +73,7 @@ class Event:
     node: int
     data: bytes = b""
     at: int = 0
+    time: int = 0
     names: FrozenMap[str, int | None] = FrozenMap()
     failed: bool = False
 
@@ -80,6 +85,7 @@ class Recording:
     Attributes:
         root: the folder, links resolved.
         files: contents at the start, by number; all of it counts as safe.
+        times: when each of them was last written.
         links: targets of links, by number.
         folders: what each folder held at the start, by number; the root is 0.
         events: what happened since.
@@ -87,6 +93,7 @@ class Recording:
 
     root: str
     files: dict[int, bytes] = field(factory=dict)
+    times: dict[int, int] = field(factory=dict)
     links: dict[int, str] = field(factory=dict)
     folders: dict[int, dict[str, int]] = field(factory=lambda: {0: {}})
     events: list[Event] = field(factory=list)
@@ -109,6 +116,7 @@ class Recording:
             else:
                 with open(entry.path, "rb") as file:
                     self.files[number] = file.read()
+                    self.times[number] = os.fstat(file.fileno()).st_mtime_ns
         self._now[node] = dict(self.folders[node])
 
     def _locate(self, path: str, *, follow: bool = False) -> tuple[int, str] | None:
@@ -143,7 +151,7 @@ class Recording:
                 return  # somebody else has made it since
             self._rename(node, {name: self._new()})
         elif flags & os.O_TRUNC:
-            self.events.append(Event("cut", self._now[node][name]))
+            self.events.append(Event("cut", self._now[node][name], time=os.fstat(fd).st_mtime_ns))
         self._open[fd] = self._now[node][name]
 
     def _happened(self, name: str, arguments: tuple[Any, ...], result: Any) -> None:
@@ -155,7 +163,8 @@ class Recording:
             self._open.pop(first, None)
         elif name == "pwritev" and first in self._open:
             data = b"".join(arguments[1])[:result]
-            self.events.append(Event("write", self._open[first], data, arguments[2]))
+            time = os.fstat(first).st_mtime_ns
+            self.events.append(Event("write", self._open[first], data, arguments[2], time))
         elif name == "fsync" and first in self._open:
             self.events.append(Event("flush", self._open[first]))
         elif name in ("unlink", "rmdir") and (place := self._locate(first)) is not None:
@@ -214,16 +223,17 @@ def simulated(filesystem: FileSystem, root: str | os.PathLike[str]) -> tuple[Fil
 class _File:
     """What is safe of a file, what was written since, and whether a failed flush has made that doubtful for good."""
 
-    safe: bytes = b""
-    base: bytes = b""
-    now: bytes = b""
+    safe: Held = b"", 0
+    base: Held = b"", 0
+    now: Held = b"", 0
     lost: bool = False
 
-    def possible(self) -> tuple[bytes, ...]:
+    def possible(self) -> tuple[Held, ...]:
         if self.now == self.safe and not self.lost:
             return (self.safe,)
-        half = len(self.now) // 2
-        return tuple(dict.fromkeys((self.safe, self.base, self.now[:half] + self.base[half:], self.now)))
+        half = len(self.now[0]) // 2
+        halved = self.now[0][:half] + self.base[0][half:], self.now[1]
+        return tuple({held[0]: held for held in (self.safe, self.base, halved, self.now)}.values())
 
 
 @define(eq=False)
@@ -236,7 +246,8 @@ class _Platter:
     pending: dict[int, list[FrozenMap[str, int | None]]] = field(factory=dict)
 
     def __attrs_post_init__(self) -> None:
-        self.files = {node: _File(data, data, data) for node, data in self.recording.files.items()}
+        held = {node: (data, self.recording.times.get(node, 0)) for node, data in self.recording.files.items()}
+        self.files = {node: _File(*(each,) * 3) for node, each in held.items()}
         self.names = {node: {**names} for node, names in self.recording.folders.items()}
 
     def take(self, event: Event) -> None:
@@ -249,10 +260,11 @@ class _Platter:
         else:
             file = self.files.setdefault(node, _File())
             if event.kind == "write":
-                kept = file.now[: event.at].ljust(event.at, b"\0")
-                file.now = kept + event.data + file.now[event.at + len(event.data) :]
+                now = file.now[0]
+                kept = now[: event.at].ljust(event.at, b"\0")
+                file.now = kept + event.data + now[event.at + len(event.data) :], event.time
             elif event.kind == "cut":
-                file.base = file.now = file.now[: event.at]
+                file.base = file.now = file.now[0][: event.at], event.time
             elif event.failed:
                 file.lost = True
             elif not file.lost:
@@ -279,9 +291,10 @@ class _Platter:
         folders = frozenset(p for p, node in tree.items() if node in self.recording._now)
         files = {p: node for p, node in tree.items() if p not in links and p not in folders}
         numbers = sorted(set(files.values()))
-        for contents in _choices([self.files[n].possible() if n in self.files else (b"",) for n in numbers]):
+        for contents in _choices([self.files.get(n, _File()).possible() for n in numbers]):
             held = dict(zip(numbers, contents, strict=True))
-            yield Disk(FrozenMap({p: held[node] for p, node in files.items()}), links, folders)
+            names = FrozenMap({p: held[node][0] for p, node in files.items()})
+            yield Disk(names, links, folders, FrozenMap({p: held[node][1] for p, node in files.items()}))
 
 
 def power_losses(recording: Recording, model: Model = "B", upto: int | None = None) -> Iterator[Disk]:
@@ -358,7 +371,7 @@ def _subsets(n: int) -> list[tuple[int, ...]]:
     )
 
 
-def _choices(options: Sequence[Sequence[bytes]]) -> Iterator[tuple[bytes, ...]]:
+def _choices(options: Sequence[Sequence[Held]]) -> Iterator[tuple[Held, ...]]:
     """One of each: all combinations if there are no more than are all tried."""
     if prod(map(len, options)) <= _MOST:
         yield from product(*options)

@@ -206,7 +206,7 @@ def _look(where: str, there: Mapping[str, tuple[int, ...]], job: _Job, *, config
         return found
     path = os.path.join(where, stands.pending.get(_CONFIG, _CONFIG))
     text = _text(path, job.root(where), job.limits.config_bytes)
-    return evolve(found, config=parse_config(text, path=os.path.join(where, _CONFIG)))
+    return evolve(found, config=parse_config(text, path=os.path.join(where, _CONFIG), limits=job.limits))
 
 
 def _chosen(where: str, names: Sequence[str], job: _Job, *, decided: Container[str]) -> CheckpointSpec:

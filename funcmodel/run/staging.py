@@ -15,13 +15,20 @@ index:
 |                  |               | sees the old one until it is removed         | the old shards     |
 | another format   | either        | what it would be for nothing                 |                    |
 
+A single file that is itself one of the shards which an index lists belongs to the index, for our readers. A save of
+a single file then commits by the rename over that shard, one of shards by the rename of the index; from before until
+after it the journal says which of the two counts.
+
 Shards get their names before the commit; they are names that the old index does not list. Beside another format
 safetensors is what readers take first, and its files are not ours to remove.
 
-A variant is a checkpoint of its own. Texts such as `config.json` are published with the shards where they are new, and
+A variant is a checkpoint of its own, and so are adapters and files of another format: they stay, even where an index
+lists them as its shards. Texts such as `config.json` are published with the shards where they are new, and
 right after the commit where they replace others. Until then the journal, `.funcmodel-save.json`, tells funcmodel's
 readers to take the new text from where it is staged; readers that do not know it can meet new weights beside an old
-text between those two renames, and nowhere else. A text that stays the same is not touched.
+text between those two renames, and nowhere else. A text that stays the same is not touched. One that a link leads to
+another folder is staged in that one; the next save into this folder locks both and finishes it. But a save into the
+other folder that comes before it takes what is staged there for a dead writer's, and the text stays the old one.
 
 In order: lock the folder; finish or take back what a writer that died has left; stage and flush every file; publish the
 journal; publish shards and new texts; commit; publish the other texts; remove what is superseded; remove the journal;
@@ -47,9 +54,17 @@ from funcmodel.records.mapping import FrozenMap
 from funcmodel.records.tensors import format_size
 from funcmodel.run.destinations import StagedFile, check_removable, destination, lstat
 from funcmodel.run.existing import listed
-from funcmodel.run.files import prefix_fingerprint
-from funcmodel.run.filesystem import CREATE, FOLDER, REAL, Durability, FileSystem, Symlinks
-from funcmodel.run.journal import fingerprints, partitioned, recover, settle, unlink
+from funcmodel.run.filesystem import CREATE, FOLDER, REAL, Durability, FileSystem, OpenFiles, Symlinks
+from funcmodel.run.journal import (
+    fingerprint_as,
+    fingerprints,
+    is_foreign,
+    partitioned,
+    recover,
+    settle,
+    surveyed,
+    unlink,
+)
 from funcmodel.run.locks import FolderLocks
 
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -84,9 +99,15 @@ class Transaction:
     _numbers: Iterator[int] = field(factory=count, init=False)
     _journal: Journal | None = field(default=None, init=False)
     _locks: FolderLocks = field(init=False)
+    _files: OpenFiles = field(init=False)
 
     def __attrs_post_init__(self) -> None:
+        self._files = OpenFiles(self.filesystem)
+        self.filesystem = self._files.calls()
         self._locks = FolderLocks(self.filesystem)
+        commit = self.publish.commit
+        removes = tuple(n for n in self.publish.removes if n.endswith(".json") or not is_foreign(n, commit))
+        self.publish = evolve(self.publish, removes=removes)
 
     def __enter__(self) -> "Transaction":
         try:
@@ -104,6 +125,7 @@ class Transaction:
             self._end(error)
         finally:
             self._locks.release()
+            self._files.close()
         if self.committed == "no":
             for path in reversed(self._made):
                 self._quietly(self.filesystem.rmdir, path)
@@ -154,7 +176,7 @@ class Transaction:
         Raises:
             SaveError: it has not the size that was planned.
         """
-        self._seal(self._staged[name], nbytes)
+        self._seal(name, nbytes)
 
     def commit(self) -> None:
         """Publish what is staged, then remove what it replaces; see the table above.
@@ -275,7 +297,15 @@ class Transaction:
     def _own(self, folder: str) -> None:
         """Lock a folder, and clear what a writer that died has left in it."""
         if self._locks.take(folder):
-            recover(folder, self.filesystem, lambda: self._flush((folder,)))
+            linked = [folder]
+
+            def own(other: str) -> bool:
+                if self._locks.take(other):
+                    linked.append(other)
+                return True
+
+            for each in linked:  # it grows meanwhile
+                recover(each, self.filesystem, lambda: self._flush(linked), own)
 
     def _destination(self, name: str) -> str:
         return destination(os.path.join(self.folder, name), self.symlinks, self.filesystem)
@@ -286,7 +316,8 @@ class Transaction:
         wrong = {name for name in rivals(commit) if name not in removes and self._there(name)}
         wrong |= {name for name in self.publish.renames if name.endswith(SUFFIX) and self._there(name)}
         if commit.endswith(".json") and self._there(commit):
-            wrong |= listed(os.path.join(self.folder, commit)) - removes
+            held = listed(os.path.join(self.folder, commit))
+            wrong |= {name for name in held if not is_foreign(name, commit)} - removes
         if wrong:
             raise StalePlanError(
                 f"{self.folder}: holds files that the plan neither replaces nor avoids "
@@ -312,7 +343,12 @@ class Transaction:
         return self.filesystem.realpath(home) == home
 
     def _there(self, name: str) -> bool:
-        return lstat(os.path.join(self.folder, name), self.filesystem) is not None
+        try:
+            return lstat(os.path.join(self.folder, name), self.filesystem) is not None
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:  # of an index that would lie beside a single file
+                return False
+            raise
 
     def _available(self, where: str) -> int | None:
         """Bytes that may still be written below a folder; None where the system does not say."""
@@ -325,7 +361,8 @@ class Transaction:
         temporary = os.path.join(os.path.dirname(final), part_name(f"{self._mark}-{next(self._numbers):05d}"))
         return StagedFile(final, temporary, self.filesystem.open(temporary, CREATE, 0o666), self.filesystem)
 
-    def _seal(self, staged: StagedFile, nbytes: int) -> None:
+    def _seal(self, name: str, nbytes: int) -> None:
+        staged = self._staged[name]
         found = self.filesystem.fstat(staged.fd).st_size
         if found != nbytes:
             raise SaveError(
@@ -335,9 +372,10 @@ class Transaction:
                 found=found,
             )
         read = lambda start, stop: self.filesystem.pread(staged.fd, stop - start, start)  # noqa: E731
-        staged.fingerprint = prefix_fingerprint(read, nbytes)
+        staged.fingerprint = fingerprint_as(name, read, nbytes)
         if self.durability == "full":
             self.filesystem.fsync(staged.fd)
+        staged.time = self.filesystem.fstat(staged.fd).st_mtime_ns  # some systems set it with the flush
         staged.close()
 
     def _unchanged_left_out(self) -> Publish:
@@ -356,20 +394,23 @@ class Transaction:
         removes = [name for name in publish.removes if self._own_name(name)]
         files = frozenset((*removes, *publish.renames, publish.commit))
         parts = {name: os.path.relpath(staged.temporary, self.folder) for name, staged in self._staged.items()}
+        old = surveyed(self.folder, files, self.filesystem)
         return Journal(
             commit=single[0] if by_removal else publish.commit,
             by="removal" if by_removal else "rename",
             head=publish.commit,
-            old=fingerprints(self.folder, files, self.filesystem),
+            old=old.found,
             new=FrozenMap({name: staged.fingerprint for name, staged in self._staged.items()}),
             parts=FrozenMap(parts),
+            old_times=old.times,
+            new_times=FrozenMap({name: staged.time for name, staged in self._staged.items()}),
         )
 
     def _write_journal(self, journal: Journal) -> None:
         text = render_journal(journal).encode()
         staged = self._staged[JOURNAL] = self._create(os.path.join(self.folder, JOURNAL))
         staged.write([memoryview(text)], 0)
-        self._seal(staged, len(text))
+        self._seal(JOURNAL, len(text))
         self._journal = journal
         self._flush_folders()  # a journal without its parts would tell the wrong side
         self.filesystem.replace(staged.temporary, staged.final)

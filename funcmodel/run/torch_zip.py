@@ -3,33 +3,41 @@
 The bytes of a tensor stand in such a file as the tensor holds them, so the engine reads ranges of it as of any other.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from hashlib import blake2b
+from itertools import chain
+from os.path import splitext
+from types import MappingProxyType
 from typing import Any, Final
 from zlib import crc32
 
 from attrs import frozen
 
-from funcmodel.core.limits import Limits
+from funcmodel.core.limits import Limits, accepted
 from funcmodel.core.torch_layout import state_dict, stored_tensors, tensor_paths
-from funcmodel.core.torch_pickle import PickledTensor, torch_unpickled
+from funcmodel.core.torch_pickle import Everything, PickledTensor, torch_unpickled
 from funcmodel.core.zipped import (
     LONGEST_END,
+    LONGEST_ENTRY,
     Directory,
     Member,
     check_apart,
     data_start,
     find_directory,
     local_bytes,
+    member_at,
     members,
 )
 from funcmodel.errors import CheckpointError, HeaderError
 from funcmodel.records.checkpoint import FileSpec
 from funcmodel.records.mapping import FrozenMap
+from funcmodel.records.reports import Damage
 from funcmodel.run.files import SourceFile
 
 _CHUNK: Final = 1 << 20
+_RECORD: Final = 700  # bytes of memory that one record of the directory takes while it is checked
+_ROOM: Final = 48 << 20  # of which any zip may take so many, and as many more as its file has
 _MAGIC: Final = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began its files before version 1.6
 _SCRIPT: Final = "it is code and not a state dict; load it with torch.jit.load and save its state_dict()"
 _BIG: Final = "it was saved on a big-endian machine; load and save it where it was made"
@@ -65,7 +73,7 @@ def scan_torch_zip(file: SourceFile, limits: Limits, at: tuple[str, ...] = (), i
     """
     zipped = _zipped(file, limits)
     pickled = _pickle(file, zipped, limits)
-    root = torch_unpickled(pickled, partial(_error, file.path), inert=inert)
+    root = torch_unpickled(pickled, partial(_error, file.path), inert=inert, nbytes=file.nbytes)
     tensors = state_dict(root, at, path=file.path, limits=limits)
     spans = {
         name.removeprefix("data/"): (start, start + member.nbytes)
@@ -76,52 +84,55 @@ def scan_torch_zip(file: SourceFile, limits: Limits, at: tuple[str, ...] = (), i
         path=file.path,
         nbytes=file.nbytes,
         tensors=FrozenMap(stored_tensors(tensors, spans, path=file.path, limits=limits)),
-        fingerprint=_fingerprint(zipped.directory.end, zipped.listing, pickled, file.nbytes),
+        fingerprint=_fingerprint((zipped.directory.end, zipped.listing, pickled), file.nbytes),
         format="torch_zip",
     )
 
 
-def torch_zip_fingerprint(file: SourceFile, limits: Limits) -> str:
+def torch_zip_fingerprint(file: SourceFile) -> str:
     """The fingerprint of an open torch zip file: of its directory, its pickle and its size.
+
+    Both are read in parts, whatever their size: it is the plan's file, of which a scan said how much is too much, or
+    another one, of which nothing is kept.
 
     Raises:
         CheckpointError: it is no torch zip.
     """
-    directory, listing = _listing(file, limits)
-    found = members(listing, directory, partial(_error, file.path))
-    member = next((m for m in found if _short(m.name) == "data.pkl"), None)
+    directory = _directory(file)
+    member = next((m for m in _members(file, directory) if _short(m.name) == "data.pkl"), None)
     if member is None:
         raise _no_pickle(file.path)
     start = _start(file, member)
-    pickled = file.read(start, start + member.nbytes) if start + member.nbytes <= file.nbytes else b""
-    return _fingerprint(directory.end, listing, pickled, file.nbytes)
+    stop = start + member.nbytes if start + member.nbytes <= file.nbytes else start
+    parts = chain([directory.end], _chunks(file, directory.start, directory.stop), _chunks(file, start, stop))
+    return _fingerprint(parts, file.nbytes)
 
 
-def check_torch_zip(file: SourceFile, limits: Limits) -> None:
+def check_torch_zip(file: SourceFile) -> tuple[Damage, ...]:
     """Compare the checksum of every record of an open torch zip file with what its directory says.
 
+    Args:
+        file: the open file; a scan accepted it.
+
+    Returns:
+        Every record whose bytes differ, under each tensor that lies in it (code "BIN_CRC"); `expected` and `found` name
+        the record and the checksum in hex.
+
     Raises:
-        HeaderError: the file is no sound torch zip, or a record's bytes differ (code "BIN_CRC", field `file` the
-            record's name and `keys` the tensors in it).
+        HeaderError: the file is no sound torch zip.
     """
-    zipped = _zipped(file, limits)
+    zipped = _zipped(file, accepted(file.nbytes))
+    damage: list[Damage] = []
+    held: Mapping[str, tuple[str, ...]] | None = None
     for name, (member, start) in zipped.spans.items():
         crc = 0
         for chunk in _chunks(file, start, start + member.nbytes):
             crc = crc32(chunk, crc)
         if crc != member.crc:
-            keys = _keys_in(file, zipped, name, limits)
-            what = f"record {member.name!r} has the checksum {crc:08x}, expected {member.crc:08x}"
-            named = f", which holds {', '.join(map(repr, keys[:4]))}" if keys else ""
-            raise _error(
-                file.path,
-                "BIN_CRC",
-                what + named,
-                do="download or save it again",
-                file=member.name,
-                key=next(iter(keys), None),
-                keys=keys,
-            )
+            held = _held(file, zipped) if held is None else held
+            expected, found = (f"{member.name} {value:08x}" for value in (member.crc, crc))
+            damage += [Damage(file.path, key, "BIN_CRC", expected, found) for key in held.get(name, (None,))]
+    return tuple(damage)
 
 
 def _chunks(file: SourceFile, start: int, stop: int) -> Iterator[bytes]:
@@ -129,40 +140,56 @@ def _chunks(file: SourceFile, start: int, stop: int) -> Iterator[bytes]:
         yield file.read(at, min(at + _CHUNK, stop))
 
 
-def _keys_in(file: SourceFile, zipped: TorchZip, name: str, limits: Limits) -> tuple[str, ...]:
-    """Names of the tensors in a record, as far as the pickle can still be read."""
+def _held(file: SourceFile, zipped: TorchZip) -> Mapping[str, tuple[str, ...]]:
+    """Names of the tensors in each record, as far as the pickle can still be read."""
+    pickled = _pickle(file, zipped, accepted(file.nbytes))
     try:
-        root: Any = torch_unpickled(_pickle(file, zipped, limits), partial(_error, file.path))
+        # Only names are wanted, and no tensor is made: so whatever else it mentions may be read past.
+        root: Any = torch_unpickled(pickled, partial(_error, file.path), inert=Everything(), nbytes=file.nbytes)
     except CheckpointError:
-        return ()
-    found: list[str] = []
+        return {}
+    found: dict[str, dict[str, None]] = {}
     for path, keys in tensor_paths(root).items():
         held = root
         for key in path:
             held = held[key]
         for key in keys:
             tensor: PickledTensor = held[key]
-            if f"data/{tensor.storage.key}" == name:
-                found.append(key)
-    return tuple(dict.fromkeys(found))
+            found.setdefault(f"data/{tensor.storage.key}", {})[key] = None
+    return {record: tuple(keys) for record, keys in found.items()}
 
 
 # -- the zip -----------------------------------------------------------------------------------------------------------
 
 
-def _listing(file: SourceFile, limits: Limits) -> tuple[Directory, bytes]:
-    fail = partial(_error, file.path)
+def _directory(file: SourceFile) -> Directory:
     try:
         tail = file.read(max(file.nbytes - LONGEST_END, 0), file.nbytes)
-        directory = find_directory(tail, nbytes=file.nbytes, fail=fail)
+        return find_directory(tail, nbytes=file.nbytes, fail=partial(_error, file.path))
     except HeaderError as error:
         if error.code == "BIN_NOT_ZIP":
             raise _no_zip(file) from None
         raise
+
+
+def _listing(file: SourceFile, limits: Limits) -> tuple[Directory, bytes]:
+    directory = _directory(file)
     size = directory.stop - directory.start
     if size > limits.header_bytes:
-        raise fail("HEADER_TOO_LARGE", f"its directory has {size} bytes, at most {limits.header_bytes} are read")
+        found = f"its directory has {size} bytes, at most {limits.header_bytes} are read"
+        raise _error(file.path, "HEADER_TOO_LARGE", found)
     return directory, file.read(directory.start, directory.stop)
+
+
+def _members(file: SourceFile, directory: Directory) -> Iterator[Member]:
+    """The records of a zip, one after the other, of which a part of the directory is held at a time."""
+    first, at, data = directory.start, 0, b""
+    for _ in range(directory.count):
+        if at + LONGEST_ENTRY > len(data) and first + len(data) < directory.stop:
+            first, at = first + at, 0
+            data = file.read(first, min(first + _CHUNK, directory.stop))
+        member, at = member_at(data, at, directory, partial(_error, file.path), first=first)
+        yield member
 
 
 def _start(file: SourceFile, member: Member) -> int:
@@ -173,6 +200,10 @@ def _start(file: SourceFile, member: Member) -> int:
 def _zipped(file: SourceFile, limits: Limits) -> TorchZip:
     directory, listing = _listing(file, limits)
     fail = partial(_error, file.path)
+    most = (file.nbytes + _ROOM) // _RECORD
+    if directory.count > most:
+        many = f"its directory has {directory.count} records, which a file of {file.nbytes} bytes has no tensors for"
+        raise fail("BIN_ZIP", many)
     found = members(listing, directory, fail)
     folder = found[0].name.partition("/")[0] + "/" if found else ""
     for member in found:
@@ -202,29 +233,33 @@ def _pickle(file: SourceFile, zipped: TorchZip, limits: Limits) -> bytes:
     member, start = zipped.spans["data.pkl"]
     if member.nbytes > limits.header_bytes:
         found = f"its pickle has {member.nbytes} bytes, at most {limits.header_bytes} are read"
-        raise _error(file.path, "HEADER_TOO_LARGE", found, do="raise Limits(header_bytes=...) if that is meant")
+        raise _error(file.path, "HEADER_TOO_LARGE", found)
     return file.read(start, start + member.nbytes)
 
 
-def _fingerprint(end: bytes, listing: bytes, pickled: bytes, nbytes: int) -> str:
+def _fingerprint(parts: Iterable[bytes], nbytes: int) -> str:
     digest = blake2b(digest_size=16)
-    for part in (end, listing, pickled, nbytes.to_bytes(8, "little")):
+    for part in parts:
         digest.update(part)
+    digest.update(nbytes.to_bytes(8, "little"))
     return digest.hexdigest()
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 
-def _error(
-    path: str,
-    code: str,
-    found: str,
-    *,
-    do: str = "it is damaged or made to deceive, so download or save it again",
-    **more: Any,
-) -> HeaderError:
-    return HeaderError(f"{path}: {found}; {do}", code=code, path=path, **more)
+_DAMAGED: Final = "it is damaged or made to deceive, so download or save it again"
+_DO: Final = MappingProxyType(
+    {
+        "BIN_GLOBAL_FORBIDDEN": "if that is a class of the training script, pass formats=(fm.torch_zip(suffix, "
+        "inert=(that name,)),), or --inert: what was made with it is then left out, and nothing is imported",
+        "HEADER_TOO_LARGE": "if you trust it, pass limits=fm.Limits(header_bytes=...)",
+    }
+)
+
+
+def _error(path: str, code: str, found: str, *, do: str | None = None, **more: Any) -> HeaderError:
+    return HeaderError(f"{path}: {found}; {do or _DO.get(code, _DAMAGED)}", code=code, path=path, **more)
 
 
 def _no_pickle(path: str) -> HeaderError:
@@ -234,10 +269,13 @@ def _no_pickle(path: str) -> HeaderError:
 
 
 def _no_zip(file: SourceFile) -> HeaderError:
-    start = file.read(0, min(len(_MAGIC), file.nbytes))
+    start, suffix = file.read(0, min(len(_MAGIC), file.nbytes)), splitext(file.path)[1] or ".pt"
     if start == _MAGIC:
         found = "was written by torch before version 1.6, as bare pickles"
-        do = "pass formats=(fm.legacy_torch(suffix),) to read it with torch.load(weights_only=True), or save it again"
+        do = (
+            f"pass formats=(fm.legacy_torch({suffix!r}),), or --legacy, to unpickle it with "
+            "torch.load(weights_only=True); or save it again where it was made"
+        )
     elif start[:4] == b"PK\3\4":
         found, do = "begins as a zip and does not end as one", "it was cut off, so download or save it again"
     else:

@@ -72,15 +72,15 @@ def verify(
     nbytes = 0
     for spec in checkpoint.files:
         format_ = format_named(spec.format, formats, path=spec.path)
-        with open_source(_ref(spec), formats=formats) as file:
-            spans, found, entire = _compared(file, spec, format_)
+        with open_source(_ref(spec), formats=formats, limits=limits) as file:
+            spans, found, entire = _compared(file, spec, format_, limits)
             damage += [*found, *differing(spans)]
             file.verify_unchanged()
         names = {one.expected.tensor for one in spans}
         for name in spec.tensors:
             (verified if entire or name in names else unrecorded).append(name)
         whole += [spec.path] if entire else []
-        nbytes += sum(one.stop - one.start for one in spans)
+        nbytes += spec.nbytes if entire else sum(one.stop - one.start for one in spans)
     if damage:
         raise failure(damage)
     return VerifyReport(
@@ -98,6 +98,7 @@ def record_digests(
     variant: str | None = None,
     formats: tuple[Format, ...] = FORMATS,
     key: str | Sequence[str] | None = None,
+    limits: Limits = LIMITS,
     filesystem: FileSystem = REAL,
 ) -> tuple[str, ...]:
     """Record the digests of a checkpoint that somebody else wrote: in `<file>.digests.json`, beside each file.
@@ -110,6 +111,7 @@ def record_digests(
         variant: as in `model.fp16.safetensors`.
         formats: the formats to choose from.
         key: what leads to the state dict in each file, as in `scan`.
+        limits: what is accepted.
         filesystem: the calls that write, so that tests can make each of them fail.
 
     Returns:
@@ -121,12 +123,12 @@ def record_digests(
         BusyError: a writer has the folder.
         SaveError: the system refused to write.
     """
-    checkpoint = scan_checkpoint(path, variant=variant, formats=formats, key=key)
+    checkpoint = scan_checkpoint(path, variant=variant, formats=formats, key=key, limits=limits)
     texts: dict[str, str] = {}
     for spec in checkpoint.files:
         format_ = format_named(spec.format, formats, path=spec.path)
-        with open_source(_ref(spec), formats=formats) as file:
-            found = known(file, _ref(spec), spec)
+        with open_source(_ref(spec), formats=formats, limits=limits) as file:
+            found = known(file, _ref(spec), spec, limits)
             if found.inside or found.whole:
                 continue
             places = {name: Recorded(at.start, at.stop, "") for name, at in spec.tensors.items()}
@@ -144,9 +146,11 @@ def _ref(spec: FileSpec) -> FileRef:
     return FileRef(spec.path, spec.format, spec.nbytes, spec.fingerprint)
 
 
-def _compared(file: SourceFile, spec: FileSpec, format_: Format) -> tuple[list[Span], list[Damage], bool]:
+def _compared(
+    file: SourceFile, spec: FileSpec, format_: Format, limits: Limits
+) -> tuple[list[Span], list[Damage], bool]:
     """What of a file must be hashed, what is wrong with it already, and whether all of its bytes are covered."""
-    found = known(file, _ref(spec), spec)
+    found = known(file, _ref(spec), spec, limits)
     damage = list(found.damage)
     same = ((n, at) for n, at in found.tensors.items() if n in spec.tensors and _place(spec.tensors[n]) == at[:2])
     read = source(format_, file).readv_into if found.tensors else file.readv_into

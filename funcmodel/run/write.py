@@ -1,6 +1,7 @@
 """The interpreter of `SavePlan`: headers from the plan first, then tensors stream through one bounded buffer."""
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from itertools import groupby
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 LiveTensors: TypeAlias = Mapping[str, torch.Tensor]
 Path: TypeAlias = str | os.PathLike[str]
 
+_LONGEST: Final = 255  # bytes of a file name, on nearly every system
+_MARKED: Final = re.compile(r"-[0-9a-f]{8}-[0-9]+-of-[0-9]+\.safetensors$")
+_MARK: Final = len("-00000000")  # of shards whose plain names are taken: every second save needs it
 _BUFFER: Final = 16 << 20  # stored bytes pass through a buffer of this size
 _SLAB: Final = 4 << 20  # small tensors are joined into blocks of this size
 _SMALL: Final = 64 << 10  # and are smaller than this
@@ -75,7 +79,7 @@ def write(
         What was written.
 
     Raises:
-        PlanError: the plan cannot be written (a live tensor on meta, a file name that is a path); nothing was touched.
+        PlanError: the plan cannot be written (a live tensor on meta, a name that is too long); nothing was touched.
         StalePlanError: a source, a live tensor or the folder is not what was planned.
         ChangedError: a source changed while it was read.
         DigestError: a stored tensor is not what was recorded, or nothing is recorded of it; nothing was changed.
@@ -89,7 +93,7 @@ def write(
     check_choice("symlinks", symlinks, get_args(Symlinks))
     check_choice("durability", durability, get_args(Durability))
     publish = _publish(plan)
-    where = _folder(os.fspath(into), publish)
+    where = _folder(os.path.join(os.getcwd(), into) if not os.path.isabs(into) else os.fspath(into), publish)
     if symlinks == "refuse" and os.path.islink(where):
         raise UnsafePathError(f"{where}: is a link, and links are refused", code="SYMLINK", path=where)
     folder = os.path.realpath(where)
@@ -176,6 +180,11 @@ def _publish(plan: SavePlan) -> Publish:
             raise UnsafePathError(
                 f"{name!r} leaves the folder; a plan names files of one folder", code="PATH", path=name
             )
+    for name in (*found[0].renames, found[0].commit):
+        shard = name in found[0].renames and name.endswith(SUFFIX) and not _MARKED.search(name)
+        most, nbytes = _LONGEST - _MARK * shard, len(name.encode("utf-8", "surrogatepass"))
+        if nbytes > most:
+            raise PlanError(f"{name!r:.80}...: has {nbytes} bytes, a file name at most {most}; choose a shorter one")
     return found[0]
 
 
