@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from funcmodel.api import load as load
     from funcmodel.api import save as save
     from funcmodel.bind.assign import assign as assign
+    from funcmodel.bind.assign import probed as probed
     from funcmodel.bind.initialize import initialize as initialize
     from funcmodel.bind.inspect import live_tensors as live_tensors
     from funcmodel.bind.inspect import module_spec as module_spec
@@ -78,6 +79,8 @@ if TYPE_CHECKING:
     from funcmodel.plan.resize import resize_rows as resize_rows
     from funcmodel.plan.resize import resized as resized
     from funcmodel.plan.restored import restored as restored
+    from funcmodel.plan.routing import routed as routed
+    from funcmodel.plan.routing import routing as routing
     from funcmodel.plan.saving import live_plan as live_plan
     from funcmodel.plan.saving import plan_save as plan_save
     from funcmodel.plan.sharding import plan_shards as plan_shards
@@ -156,6 +159,9 @@ if TYPE_CHECKING:
     from funcmodel.records.reports import Origin as Origin
     from funcmodel.records.reports import VerifyReport as VerifyReport
     from funcmodel.records.reports import Waiver as Waiver
+    from funcmodel.records.routes import Machine as Machine
+    from funcmodel.records.routes import Routing as Routing
+    from funcmodel.records.routes import Storage as Storage
     from funcmodel.records.rules import Merge as Merge
     from funcmodel.records.rules import Rename as Rename
     from funcmodel.records.rules import Rule as Rule
@@ -178,6 +184,7 @@ if TYPE_CHECKING:
     from funcmodel.run.formats import Format as Format
     from funcmodel.run.formats import torch_zip as torch_zip
     from funcmodel.run.legacy_torch import legacy_torch as legacy_torch
+    from funcmodel.run.machine import machine as machine
     from funcmodel.run.scan import plan_of as plan_of
     from funcmodel.run.scan import scan as scan
     from funcmodel.run.scan import scan_checkpoint as scan_checkpoint
@@ -190,7 +197,7 @@ _HOMES: Final = MappingProxyType(
     {
         "funcmodel._toolz": ("compose_left", "pipe"),
         "funcmodel.api": ("apply", "load", "save"),
-        "funcmodel.bind.assign": ("assign",),
+        "funcmodel.bind.assign": ("assign", "probed"),
         "funcmodel.bind.initialize": ("initialize",),
         "funcmodel.bind.inspect": ("live_tensors", "module_spec"),
         "funcmodel.bind.skeleton": ("skeleton",),
@@ -233,6 +240,7 @@ _HOMES: Final = MappingProxyType(
         "funcmodel.plan.queries": ("cost", "footprint", "nbytes", "num_parameters", "origins"),
         "funcmodel.plan.resize": ("Normal", "resize_rows", "resized"),
         "funcmodel.plan.restored": ("restored",),
+        "funcmodel.plan.routing": ("routed", "routing"),
         "funcmodel.plan.saving": ("live_plan", "plan_save"),
         "funcmodel.plan.sharding": ("plan_shards",),
         "funcmodel.plan.ties": ("canonical", "dedupe", "recorded", "spread"),
@@ -285,6 +293,7 @@ _HOMES: Final = MappingProxyType(
             "VerifyReport",
             "Waiver",
         ),
+        "funcmodel.records.routes": ("Machine", "Routing", "Storage"),
         "funcmodel.records.rules": ("Merge", "Rename", "Rule", "Split", "Stacked", "Transpose", "Unstacked"),
         "funcmodel.records.tensors": ("TensorSpec", "format_size", "parse_size"),
         "funcmodel.run.evaluate": ("fill", "materialize", "stream"),
@@ -299,6 +308,7 @@ _HOMES: Final = MappingProxyType(
             "torch_zip",
         ),
         "funcmodel.run.legacy_torch": ("legacy_torch",),
+        "funcmodel.run.machine": ("machine",),
         "funcmodel.run.scan": ("plan_of", "scan", "scan_checkpoint"),
         "funcmodel.run.verify": ("record_digests", "verify"),
         "funcmodel.run.write": ("write",),

@@ -7,25 +7,24 @@ from typing import Any, Final, Literal, TypeAlias, TypeVar, overload
 import torch
 from torch import nn
 
-from funcmodel.bind.assign import assign
+from funcmodel.bind.assign import assign, probed
 from funcmodel.bind.inspect import live_tensors, module_spec
 from funcmodel.core.limits import check_choice
 from funcmodel.errors import PlanError, StalePlanError
 from funcmodel.plan.loading import checked, plan_load
-from funcmodel.plan.saving import live_plan, plan_save
-from funcmodel.plan.sharding import SUFFIX
+from funcmodel.plan.routing import Wanted
+from funcmodel.plan.sharding import SUFFIX, Shards
 from funcmodel.records.checkpoint import CheckpointSpec
 from funcmodel.records.config import Config
 from funcmodel.records.expressions import Expr, Live
 from funcmodel.records.module import TiedGroup
 from funcmodel.records.plans import LoadPlan, SavePlan, StateDictPlan
 from funcmodel.records.reports import LoadPolicy
-from funcmodel.run.existing import existing_checkpoint
+from funcmodel.records.routes import Memory
 from funcmodel.run.filesystem import REAL, FileSystem
 from funcmodel.run.formats import FORMATS, Format
 from funcmodel.run.scan import scan
 from funcmodel.run.tensors import tensor_spec
-from funcmodel.run.write import write
 
 Path: TypeAlias = str | os.PathLike[str]
 Tensors: TypeAlias = Mapping[str, torch.Tensor]
@@ -89,6 +88,8 @@ def apply(plan: LoadPlan | SavePlan, to: Any, **options: Any) -> nn.Module | Che
         case LoadPlan():
             return assign(plan, to, **options)
         case SavePlan():
+            from funcmodel.run.write import write
+
             return write(plan, to, **options)
     raise TypeError(f"apply takes a LoadPlan or a SavePlan, found {type(plan).__name__}")
 
@@ -104,6 +105,8 @@ def load(
     commit: Literal["swap", "in_place"] = "swap",
     preflight: Literal["headers", "read"] = "headers",
     digest: Literal["ignore", "check"] = "ignore",
+    memory: Memory = "own",
+    route: Wanted = None,
     live: Tensors | None = None,
     formats: tuple[Format, ...] = FORMATS,
 ) -> nn.Module:
@@ -123,6 +126,10 @@ def load(
         preflight: see `apply`.
         digest: "check" hashes every stored tensor that is wanted, and compares it with the digest that is recorded of
             it, before the module is touched.
+        memory: "own", or "borrow" for tensors that are pages of the files instead of copies of them: nothing is read
+            before it is used. Writing to them changes no file; but whoever overwrites such a file changes them, and
+            whoever cuts it short ends this process. Saves of funcmodel replace files and do neither.
+        route: how tensors are read, instead of how `routing` would choose; see there.
         live: tensors for the `Live` leaves of a plan.
         formats: the readers to choose from.
 
@@ -150,7 +157,7 @@ def load(
         plan, tensors = _state_dict_plan(source, live, formats)
         planned = plan_load(module_spec(module), plan, device_map=device_map, init=init, seed=seed, dtype=dtype)
         return assign(
-            checked(planned, policy),
+            probed(checked(planned, policy), commit=commit, memory=memory, route=route, formats=formats),
             module,
             commit=commit,
             preflight=preflight,
@@ -167,6 +174,7 @@ def save(
     into: Path,
     *,
     max_shard_size: int | str | None = "5GB",
+    shards: Shards = None,
     config: Config | Mapping[str, Any] | None = None,
     texts: Mapping[str, str] | None = None,
     variant: str | None = None,
@@ -188,6 +196,8 @@ def save(
             a state dict of tensors.
         into: the folder, created where it does not exist; or a path that ends in `.safetensors`, for exactly one file.
         max_shard_size: most bytes of tensor data per file, as an int or as text such as "5GB".
+        shards: at most so many files, about equally large, which several threads write at once; "auto" takes 4 to 8 of
+            them from 2 GiB on. None leaves it to `max_shard_size`.
         config: written as `config.json`.
         texts: more text files beside it, name to content, for example "generation_config.json".
         variant: as in `model.fp16.safetensors`.
@@ -219,11 +229,17 @@ def save(
         ...     list(fm.scan(folder))
         ['bias', 'weight']
     """
+    from funcmodel.plan.saving import plan_save  # who only loads needs none of it
+    from funcmodel.run.existing import existing_checkpoint
+    from funcmodel.run.write import write
+
     check_choice("extra_state", extra_state, ("error", "drop"))
     folder, name = os.fspath(into), "model"
     if folder.endswith(SUFFIX) and not os.path.isdir(folder):
+        if shards not in (None, 1):
+            raise ValueError(f"{folder} is one file, shards={shards!r} asks for several; pass a folder")
         folder, name = os.path.split(folder.removesuffix(SUFFIX))
-        folder, max_shard_size = folder or os.curdir, None
+        folder, max_shard_size, shards = folder or os.curdir, None, None
     folder = folder if os.path.isabs(folder) else os.path.join(os.getcwd(), folder)  # another thread may change that
 
     def attempt() -> CheckpointSpec:
@@ -235,6 +251,7 @@ def save(
         planned = plan_save(
             plan,
             max_shard_size=max_shard_size,
+            shards=shards,
             tied=groups,
             aliases=aliases or ("alias" if isinstance(source, nn.Module) else "copy"),
             existing=existing_checkpoint(folder, name=name, variant=variant),
@@ -262,6 +279,8 @@ def _module_plan(
     module: nn.Module, extra_state: Literal["error", "drop"]
 ) -> tuple[StateDictPlan, Tensors, tuple[TiedGroup, ...]]:
     """A module as a plan, with the tensors of its `Live` leaves and what is tied."""
+    from funcmodel.plan.saving import live_plan
+
     spec = module_spec(module)
     if spec.opaque and extra_state == "error":
         raise PlanError(
@@ -307,4 +326,5 @@ def _elements(key: str, tensor: torch.Tensor) -> object:
     """Equal for tensors that are the same elements of the same memory."""
     if tensor.is_meta or tensor.layout != torch.strided or not tensor.numel():
         return key
-    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+    lazy = tensor.is_conj(), tensor.is_neg()  # the same memory, and other values
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, lazy

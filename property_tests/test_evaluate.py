@@ -178,6 +178,22 @@ def test_materialize_stream_and_fill_agree(folder, data):
 
 
 @given(data=st.data())
+def test_what_passes_through_buffers_is_what_does_not(folder, data):
+    """materialize(p, route="stage") ~ evaluate, expression by expression, and so is fill(p, d, route="stage")."""
+    drawn = data.draw(st.lists(pairs(*folder), max_size=6))
+    plan = {f"k{i}": expr for i, (expr, _) in enumerate(drawn)}
+    found = materialize(plan, route="stage")
+    strided = {f"k{i}": torch.empty((*t.shape, 2), dtype=t.dtype).select(-1, 1) for i, (_, t) in enumerate(drawn)}
+    dense = {f"k{i}": torch.empty(t.shape, dtype=t.dtype) for i, (_, t) in enumerate(drawn)}
+    fill(plan, strided, route="stage")
+    fill(plan, dense, route="stage")
+    assert list(found) == list(plan)
+    for i, (_, expected) in enumerate(drawn):
+        for got in (found, strided, dense):
+            same(got[f"k{i}"], expected)
+
+
+@given(data=st.data())
 def test_live_tensors_of_any_strides_are_copied(folder, data):
     """evaluate(e with Live leaves) ~ e in torch, and shares no memory with them."""
     tensors = folder.tensors
@@ -215,8 +231,9 @@ def test_any_bits_at_any_offset_arrive_unchanged(tensors, pad, data):
         text = raw[8 : 8 + n].rstrip(b" ")
         file.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + n :])
         plan = scan(file)
-        for key, tensor in materialize(plan).items():
-            same(tensor, tensors[key])
+        for route in (None, "stage"):
+            for key, tensor in materialize(plan, route=route).items():
+                same(tensor, tensors[key])
         key = data.draw(st.sampled_from(sorted(tensors)))
         if tensors[key].ndim:
             rows = tensors[key].shape[-1]

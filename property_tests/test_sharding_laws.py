@@ -62,3 +62,13 @@ def test_shards_are_those_of_huggingface_hub_where_no_tensor_is_over_the_limit(
     ours = plan_shards({key: n for key, n in sizes.items() if n}, limit)
     assert {file: list(members) for file, members in ours.files.items()} == theirs
     assert list(ours.files) == list(theirs)
+
+
+@given(SIZES, st.integers(1, 12))
+def test_a_number_of_shards_takes_the_smallest_limit_that_gives_it(sizes: dict[str, int], count: int) -> None:
+    """|shards(sizes, n)| <= n, and every smaller limit gives more than n."""
+    found = shards(plan_shards(sizes, None, shards=count))
+    assert len(found) <= count
+    largest = max((sum(sizes[k] for k in members) for members in found), default=0)
+    if largest:
+        assert len(shards(plan_shards(sizes, largest - 1))) > count or largest == max(sizes.values())

@@ -129,3 +129,18 @@ def test_a_misspelled_option_of_a_load_is_refused(tmp_path: Path, option: str) -
     for name in ("symlinks", "which"):
         with pytest.raises(ValueError):  # noqa: PT011
             fm.scan(tmp_path, **{name: "contain"})
+
+
+def test_a_lazy_conjugate_of_a_tensor_is_another_tensor(tmp_path):
+    c = torch.randn(3, 2, dtype=torch.complex64)
+    saved = {"a": c, "b": c.conj(), "im": c.imag, "negative": c.conj().imag}
+    fm.save(saved, tmp_path)
+    found = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(found[key], tensor.resolve_conj().resolve_neg()) for key, tensor in saved.items())
+
+    net = torch.nn.Module()
+    net.register_buffer("a", c)
+    net.register_buffer("b", c.conj())
+    with pytest.raises(fm.PlanError) as error:
+        fm.save(net, tmp_path / "net")
+    assert set(error.value.keys) == {"a", "b"}

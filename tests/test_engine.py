@@ -10,17 +10,23 @@ from attrs import evolve
 from safetensors.torch import save_file
 
 from funcmodel.errors import ChangedError, PlanError, StalePlanError, TruncatedError
+from funcmodel.plan.routing import SLAB, SMALL, routing
 from funcmodel.records.expressions import Read
 from funcmodel.run.boxes import CHUNK, chunks, counts, ranges, whole, widened
-from funcmodel.run.engine import IOVECS, RANGE, SLAB, SMALL, jobs, memory, opened, perform, read_plain
+from funcmodel.run.engine import IOVECS, RANGE, jobs, opened, perform, read_plain
 from funcmodel.run.files import open_regular
 from funcmodel.run.formats import FORMATS
+from funcmodel.run.memory import memory
 from funcmodel.run.scan import scan
 
 
 def stored(path: Path, tensors: dict[str, torch.Tensor]) -> list[tuple[str, Read]]:
     save_file(tensors, path)
     return [(key, read) for key, read in scan(path).items() if isinstance(read, Read)]
+
+
+def plain(reads, files):
+    return read_plain(reads, files, routing(dict(reads)).routes, threads=2)
 
 
 def raw_file(path: Path, text: str, data: bytes) -> list[tuple[str, Read]]:
@@ -70,7 +76,7 @@ def test_many_ranges_are_read_by_several_threads_and_all_arrive(tmp_path):
     path.write_bytes(content)
     where = memory(len(content))
     with open_regular(path) as file:
-        perform(jobs(file, [(0, where)]))
+        perform(jobs(file, [(0, where)]), 4)
     assert where == content
 
 
@@ -90,7 +96,7 @@ def test_after_an_interrupt_no_thread_still_reads():
     source = Interrupted()
     others = set(threading.enumerate())
     with pytest.raises(KeyboardInterrupt):
-        perform(jobs(source, [(0, memory(64 * RANGE))]))
+        perform(jobs(source, [(0, memory(64 * RANGE))]), 2)
     calls = len(source.calls)
     assert calls < 64
     assert set(threading.enumerate()) <= others
@@ -101,7 +107,7 @@ def test_small_tensors_share_memory_and_nothing_else(tmp_path):
     tensors = {f"t{i}": torch.full((5, 3), float(i)) for i in range(100)}
     reads = stored(tmp_path / "m.safetensors", tensors)
     with opened([reads[0][1].file], FORMATS) as files:
-        found = read_plain(reads, files)
+        found = plain(reads, files)
     assert all(torch.equal(found[key], tensors[key]) for key in tensors)
     assert all(tensor.data_ptr() % 64 == 0 for tensor in found.values())
     assert max(t.data_ptr() for t in found.values()) - min(t.data_ptr() for t in found.values()) == 99 * 64
@@ -116,7 +122,7 @@ def test_a_batch_norm_in_a_slab_can_be_trained(tmp_path):
     tensors = {"w": torch.randn(4, 4), "mean": torch.zeros(4)}
     reads = stored(tmp_path / "m.safetensors", tensors)
     with opened([reads[0][1].file], FORMATS) as files:
-        found = read_plain(reads, files)
+        found = plain(reads, files)
     weight = torch.nn.Parameter(found["w"])
     x = torch.randn(2, 4, requires_grad=True)
     loss = (x @ weight).sum()
@@ -135,7 +141,7 @@ def test_odd_offsets_are_read_into_aligned_memory(tmp_path):
         data,
     )
     with opened([reads[0][1].file], FORMATS) as files:
-        found = read_plain(reads, files)
+        found = plain(reads, files)
     assert {key: t.data_ptr() % 64 for key, t in found.items()} == {"a": 0, "b": 0, "c": 0}
     assert b"".join(bytes(t.reshape(-1).view(torch.uint8).tolist()) for t in found.values()) == data
 
@@ -149,7 +155,7 @@ def test_zero_dims_empty_and_large_tensors(tmp_path):
     }
     reads = stored(tmp_path / "m.safetensors", tensors)
     with opened([reads[0][1].file], FORMATS) as files:
-        found = read_plain(reads, files)
+        found = plain(reads, files)
     assert all(torch.equal(found[k], v) and found[k].dtype == v.dtype for k, v in tensors.items())
     assert {k: tuple(v.shape) for k, v in found.items()} == {k: tuple(v.shape) for k, v in tensors.items()}
 
@@ -162,7 +168,7 @@ def test_slabs_are_shared_across_files_and_bounded(tmp_path):
         expected.update(tensors)
         reads += stored(tmp_path / f"{shard}.safetensors", tensors)
     with opened([read.file for _, read in reads], FORMATS) as files:
-        found = read_plain(reads, files)
+        found = plain(reads, files)
     assert all(torch.equal(found[k], v) for k, v in expected.items())
 
 
@@ -170,7 +176,7 @@ def test_f4_has_two_elements_in_a_byte(tmp_path):
     data = bytes(range(6))
     reads = raw_file(tmp_path / "m.safetensors", '{"a":{"dtype":"F4","shape":[3,4],"data_offsets":[0,6]}}', data)
     with opened([reads[0][1].file], FORMATS) as files:
-        found = read_plain(reads, files)["a"]
+        found = plain(reads, files)["a"]
     assert found.dtype == torch.float4_e2m1fn_x2
     assert found.shape == (3, 2)
     assert bytes(found.view(torch.uint8).flatten().tolist()) == data
@@ -179,7 +185,7 @@ def test_f4_has_two_elements_in_a_byte(tmp_path):
 def test_a_dtype_that_torch_lacks_is_a_plan_error(tmp_path):
     reads = raw_file(tmp_path / "m.safetensors", '{"a":{"dtype":"F6_E2M3","shape":[4],"data_offsets":[0,3]}}', bytes(3))
     with opened([reads[0][1].file], FORMATS) as files, pytest.raises(PlanError):
-        read_plain(reads, files)
+        plain(reads, files)
 
 
 def descriptors() -> int:
@@ -214,7 +220,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_a_typed_error(tmp_path):
     with open_regular(path) as file:
         os.truncate(path, 1000)
         with pytest.raises(ChangedError):
-            read_plain(reads, {reads[0][1].file: file})
+            plain(reads, {reads[0][1].file: file})
 
 
 def test_a_tensor_planned_behind_the_end_of_its_file_is_refused(tmp_path):
@@ -234,7 +240,7 @@ def test_a_format_may_decode_its_bytes(tmp_path):
         buffer[:] = bytes(255 - byte for byte in buffer)
 
     with opened([reads[0][1].file], (evolve(FORMATS[0], read=inverted),)) as files:
-        found = read_plain(reads, files)
+        found = plain(reads, files)
     assert found["a"].tolist() == [255, 254, 253, 252, 251, 250]
 
 

@@ -70,3 +70,24 @@ def test_a_name_cannot_be_a_path(word: str) -> None:
         plan_shards({"a": 1}, 1, name=word)
     with pytest.raises(PlanError):
         index_name(variant=word)
+
+
+def test_a_number_of_files_is_kept_and_the_files_are_about_equal() -> None:
+    sizes = {f"w{i}": 10 for i in range(10)}
+    assert [*plan_shards(sizes, None, shards=3).sizes.values()] == [40, 40, 20]
+    assert len(plan_shards(sizes, 20, shards=3).files) == 5  # the limit makes more
+    assert [*plan_shards(sizes, "5GB", shards=1).files] == ["model.safetensors"]
+    assert len(plan_shards({"w": 10}, None, shards=4).files) == 1
+
+
+def test_for_speed_there_are_four_to_eight_files_from_two_gib_on() -> None:
+    def count(gib: float) -> int:
+        return len(plan_shards({f"w{i}": int(gib * 2**30) // 64 for i in range(64)}, None, shards="auto").files)
+
+    assert [count(gib) for gib in (1.9, 2, 9, 12, 100)] == [1, 4, 4, 6, 8]
+
+
+@pytest.mark.parametrize("shards", [0, -1, 2.0, True, "fast"])
+def test_what_is_no_number_of_files_is_refused(shards: object) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011
+        plan_shards({"w": 1}, None, shards=shards)  # type: ignore[arg-type]

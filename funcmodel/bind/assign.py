@@ -15,10 +15,13 @@ from funcmodel.core.build import index
 from funcmodel.core.limits import check_choice
 from funcmodel.core.shapes import spec_of
 from funcmodel.errors import ActionError, DigestError, PlanError, StalePlanError, TieConflictError
+from funcmodel.plan.routing import Wanted, routed
+from funcmodel.records.actions import Assign
 from funcmodel.records.expressions import Expr
 from funcmodel.records.plans import LoadPlan
+from funcmodel.records.routes import Memory, Routing
 from funcmodel.run.checks import LiveTensors
-from funcmodel.run.evaluate import evaluate, fill, materialize, stream
+from funcmodel.run.evaluate import evaluate, fill_routed, how_to_look, materialize_routed, stored_files, stream
 from funcmodel.run.files import Digest, Hashed
 from funcmodel.run.formats import FORMATS, Format
 from funcmodel.run.tensors import tensor_spec, torch_device
@@ -45,7 +48,7 @@ def assign(
     old one under "in_place". Leaves on meta have no storage to keep and receive a new one in both modes.
 
     Args:
-        plan: the plan.
+        plan: the plan; one without routes takes those that `probed` gives.
         module: the module it was planned for; changed in place.
         commit: "swap" builds every tensor beside the module and then moves pointers: after any error, also an
             interrupt, the module is bit for bit what it was. "in_place" writes into the existing storage and needs
@@ -79,8 +82,12 @@ def assign(
     """
     check_choice("commit", commit, ("swap", "in_place"))
     check_choice("preflight", preflight, ("headers", "read"))
+    routes = plan.routing or probed(plan, commit=commit, formats=formats).routing
+    assert routes is not None
+    if commit == "in_place":
+        _require_existing(routes)
     target = resolved(plan, module)
-    read = _Reader(live, formats, Hashed() if digest == "check" else digest)
+    read = _Reader(live, formats, Hashed() if digest == "check" else digest, routes)
     beside = _drawn(target, module)
     if commit == "swap":
         _swap(target, read, beside)
@@ -93,13 +100,60 @@ def assign(
     return module
 
 
+def probed(
+    plan: LoadPlan,
+    *,
+    commit: Literal["swap", "in_place"] = "swap",
+    memory: Memory = "own",
+    route: Wanted = None,
+    formats: tuple[Format, ...] = FORMATS,
+) -> LoadPlan:
+    """A load plan with the routes that suit this machine and the files as they are now; looks at them, and reads none.
+
+    Args:
+        plan: from `plan_load`.
+        commit: as it will be given to `apply`.
+        memory: as in `routing`.
+        route: as in `routing`.
+        formats: the formats that files may have.
+
+    Raises:
+        PlanError: a route is asked for that a key cannot take, or a template matches nothing.
+
+    Example:
+        >>> from funcmodel.bind.inspect import module_spec
+        >>> from funcmodel.core.build import full
+        >>> from funcmodel.plan.loading import plan_load
+        >>> net = nn.Linear(2, 1, bias=False)
+        >>> plan = plan_load(module_spec(net), {"weight": full(module_spec(net).params["weight"].spec, 3.0)})
+        >>> dict(probed(plan).routing.routes)
+        {'weight': 'transform'}
+    """
+    from funcmodel.run.machine import machine
+
+    exprs = [action.expr for action in plan.actions if type(action) is Assign]
+    found = machine(stored_files(exprs), formats=formats, **how_to_look(exprs, memory, route))
+    return routed(plan, found, commit=commit, memory=memory, route=route)
+
+
+def _require_existing(routes: Routing) -> None:
+    keys = tuple(key for key, route in routes.routes.items() if route in ("map", "slab"))
+    if keys:
+        raise PlanError(
+            f"{keys[0]!r} and {len(keys) - 1} more are routed into fresh memory; "
+            "route the plan with commit='in_place', or apply it with commit='swap'",
+            keys=keys,
+        )
+
+
 class _Reader:
     """What evaluating expressions needs besides them."""
 
-    def __init__(self, live: LiveTensors | None, formats: tuple[Format, ...], digest: Digest) -> None:
+    def __init__(self, live: LiveTensors | None, formats: tuple[Format, ...], digest: Digest, routes: Routing) -> None:
         self.live = live
         self.formats = formats
         self.digest = digest
+        self.routes = routes
 
     def values(self, target: Target, keys: Iterable[str]) -> Values:
         """The planned tensors of `keys`, each on its device."""
@@ -114,8 +168,8 @@ class _Reader:
                 exprs = by_device.setdefault(last, {})
             exprs[key] = action.expr
         for device, exprs in by_device.items():
-            made = materialize(exprs, device=repr(device), live=self.live, formats=self.formats, digest=self.digest)
-            found.update(made)
+            where = torch.device(repr(device))
+            found.update(materialize_routed(exprs, self.routes, where, self.live, self.formats, self.digest))
         return found
 
     def agree(self, expr: Expr, other: Expr | torch.Tensor) -> bool:
@@ -343,7 +397,7 @@ def _require_in_place(target: Target, exprs: Mapping[str, Expr], into: Values) -
 
 def _fill(exprs: Mapping[str, Expr], into: Values, read: _Reader) -> None:
     try:
-        fill(exprs, into, live=read.live, formats=read.formats, digest=read.digest)
+        fill_routed(exprs, read.routes, into, read.live, read.formats, read.digest)
     except (DigestError, PlanError, StalePlanError):
         # Raised before the first byte is written.
         raise

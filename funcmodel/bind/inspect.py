@@ -62,7 +62,10 @@ def walk(module: nn.Module) -> Leaves:
     keys, tensors, owners, names, roles, modules = leaves
     base = nn.Module.get_extra_state
 
-    def visit(current: nn.Module, prefix: str, depth: int) -> None:
+    # No function that calls itself: it would hold the leaves, and with them all memory, until a garbage collection.
+    waiting = [(module, "", 0)]
+    while waiting:
+        current, prefix, depth = waiting.pop()
         if depth > _DEEPEST:
             raise PlanError(f"{type(module).__name__} contains itself, or nests deeper than {_DEEPEST} modules")
         modules[prefix[:-1]] = current
@@ -91,11 +94,9 @@ def walk(module: nn.Module) -> Leaves:
             names.append(_EXTRA_NAME)
             roles.append(_EXTRA_STATE)
         if current._modules:
-            for name, child in current._modules.items():
-                if child is not None:
-                    visit(child, f"{prefix}{name}.", depth + 1)
-
-    visit(module, "", 0)
+            inner = [(m, f"{prefix}{name}.", depth + 1) for name, m in current._modules.items() if m is not None]
+            inner.reverse()
+            waiting += inner
     return leaves
 
 

@@ -91,9 +91,14 @@ def _alike(cluster: list[int], tensors: Tensors) -> Iterable[list[int]]:
     same: dict[object, list[int]] = {}
     for position in cluster:
         tensor = tensors[position]
-        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, _lazy(tensor))
         same.setdefault(place, []).append(position)
     return same.values()
+
+
+def _lazy(tensor: torch.Tensor) -> tuple[bool, bool]:
+    """Whether the tensor's values are the conjugates or the negatives of what its memory holds."""
+    return tensor.is_conj(), tensor.is_neg()
 
 
 def _extent(tensor: torch.Tensor) -> int:
@@ -114,7 +119,8 @@ def _views(apart: list[int], keys: Sequence[str], tensors: Tensors) -> Iterator[
             if shared == "none":
                 continue
             offset = tensor.data_ptr() - base.data_ptr()
-            if shared == "part" or tensor.dtype != base.dtype or offset % tensor.element_size():
+            other = tensor.dtype != base.dtype or _lazy(tensor) != _lazy(base) or offset % tensor.element_size()
+            if shared == "part" or other:
                 raise PlanError(
                     f"{key!r} and {base_key!r} share elements and neither is a view of the other of its own dtype; "
                     "give one of them memory of its own",

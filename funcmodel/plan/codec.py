@@ -18,7 +18,19 @@ import attrs
 from funcmodel.core.build import rebuilt
 from funcmodel.core.strict_json import depth_exceeds, parsed
 from funcmodel.errors import CheckpointError, PlanError, ShapeError
-from funcmodel.records import actions, checkpoint, config, devices, expressions, mesh, module, plans, reports, rules
+from funcmodel.records import (
+    actions,
+    checkpoint,
+    config,
+    devices,
+    expressions,
+    mesh,
+    module,
+    plans,
+    reports,
+    routes,
+    rules,
+)
 from funcmodel.records.dtypes import DType, dtype
 from funcmodel.records.expressions import Expr
 from funcmodel.records.mapping import FrozenMap
@@ -48,7 +60,7 @@ class _Record(NamedTuple):
 
 # -- the table ---------------------------------------------------------------------------------------------------------
 
-_ROOMS: Final = (actions, checkpoint, config, devices, expressions, mesh, module, plans, reports, rules)
+_ROOMS: Final = (actions, checkpoint, config, devices, expressions, mesh, module, plans, reports, routes, rules)
 CLASSES: Final[tuple[type, ...]] = (
     TensorSpec,
     *(

@@ -133,12 +133,14 @@ def _files(label: str, read: Mapping[str, int]) -> list[_Row]:
 
 def _memory(found: Cost) -> list[_Row]:
     devices = dict.fromkeys((*found.held, *found.peak))
+    beside = (("borrow", found.borrowed, "pages of files"), ("buffer", found.buffers, ""), ("pin", found.pinned, ""))
 
     def text(device: Device) -> str:
         peak = found.peak.get(device, 0)
         return f"{device!r:<13}" + (f"  peak {format_size(peak)}" if peak else "")
 
-    return [_Row("hold", format_size(found.held.get(device, 0)), text(device)) for device in devices]
+    held = [_Row("hold", format_size(found.held.get(device, 0)), text(device)) for device in devices]
+    return held + [_Row(label, format_size(size), note) for label, size, note in beside if size]
 
 
 # -- one function per record -------------------------------------------------------------------------------------------
@@ -176,11 +178,23 @@ def _load(plan: LoadPlan) -> str:
         *_keys("keep", moved, "   not in the state dict", shorten),
         *_grouped("cast", _casts({**assigned, **offloaded}), shorten),
         *_report(plan.report, folder({*everything, *plan.report.unexpected_keys, *plan.report.skipped_keys})),
+        *_routes(plan, shorten),
         *_files("read", found.read),
         *_memory(found),
     ]
-    size = sum(found.held.values()) + nbytes({k: e for k, e in offloaded.items() if k not in copied})
+    size = sum(found.held.values()) + found.borrowed + nbytes({k: e for k, e in offloaded.items() if k not in copied})
     return _table(f"load {plan.name}".rstrip(), len(everything), size, rows)
+
+
+def _routes(plan: LoadPlan, shorten: Shorten) -> list[_Row]:
+    """One row per route, and one per group of files that are read in another way than through the page cache."""
+    found = plan.routing
+    if found is None:
+        return []
+    rows = _grouped("route", ((key, f"   {route}") for key, route in found.routes.items()), shorten)
+    if found.direct:
+        rows.append(_Row("direct", len(found.direct), listed(fold_paths(found.direct)) + "   past the page cache"))
+    return rows
 
 
 def _casts(plan: Mapping[str, Expr]) -> Iterable[tuple[str, str]]:

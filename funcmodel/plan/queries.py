@@ -1,8 +1,10 @@
 """Questions to plans and specs: how many bytes, how many parameters, what it costs, where every leaf comes from."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from math import prod
 from typing import Literal, assert_never
+
+from attrs import evolve
 
 from funcmodel.core.index import render_index
 from funcmodel.core.lowering import leaves, reads
@@ -28,6 +30,7 @@ from funcmodel.records.mapping import FrozenMap
 from funcmodel.records.module import ModuleSpec, ParamSpec
 from funcmodel.records.plans import LoadPlan, SavePlan, StateDictPlan
 from funcmodel.records.reports import Cost, Origin, OriginKind
+from funcmodel.records.routes import Routing
 
 
 def nbytes(plan: Mapping[str, Expr]) -> int:
@@ -94,17 +97,19 @@ def _owned(spec: ModuleSpec) -> Iterator[tuple[str, ParamSpec]]:
 # -- cost --------------------------------------------------------------------------------------------------------------
 
 
-def cost(plan: StateDictPlan | LoadPlan | SavePlan, *, on: object = "cpu") -> Cost:
-    """What applying a plan takes, in bytes.
+def cost(plan: StateDictPlan | LoadPlan | SavePlan, *, on: object = "cpu", routes: Routing | None = None) -> Cost:
+    """What applying a plan takes, in bytes: a promise.
 
     `peak` is what stays, what is replaced only at the end (`commit="swap"` keeps a module's present tensors until then;
     leaves on meta have none), and on the CPU the largest tensor that is computed aside: arguments and result of a
     `Call`, what a reshape reorders, a draw in float32, the second of two names that must agree; of a save the largest
-    tensor. The readers' own buffers, at most 64 MiB, come on top.
+    tensor. Buffers come on top: those that the routes name, or where there are no routes yet at most 64 MiB, and on the
+    way to a GPU 128 MiB.
 
     Args:
         plan: the plan.
         on: the device that `materialize` is given; the other plans name their own.
+        routes: how a `StateDictPlan` is read, from `routing`; a `LoadPlan` may have its own.
 
     Example:
         >>> from funcmodel.records.expressions import FileRef
@@ -117,7 +122,11 @@ def cost(plan: StateDictPlan | LoadPlan | SavePlan, *, on: object = "cpu") -> Co
     match plan:
         case StateDictPlan():
             home = device(on)
-            return _cost(plan.values(), {home: nbytes(plan)}, max(map(_aside, plan.values()), default=0))
+            way = {} if routes is None else routes.routes
+            lent = sum(_spec_nbytes(expr) for key, expr in plan.items() if way.get(key) == "map")
+            found = _cost(plan.values(), {home: nbytes(plan) - lent}, max(map(_aside, plan.values()), default=0))
+            changed = {home} if any(type(expr) is not Read for expr in plan.values()) else set[Device]()
+            return _with_routes(found, routes, lent, changed)
         case LoadPlan():
             return _load_cost(plan)
         case SavePlan():
@@ -187,18 +196,44 @@ def children_of(expr: Expr) -> tuple[Expr, ...]:
     return expr.parts if inner is None else (inner,)  # type: ignore[union-attr]
 
 
+def _with_routes(found: Cost, routes: Routing | None, borrowed: int, changed: Collection[Device]) -> Cost:
+    """The cost with what the routes add.
+
+    Args:
+        found: without them.
+        routes: the routes.
+        borrowed: bytes of tensors that are pages of files.
+        changed: devices that cast, turn or pick what they receive. Each reader has a buffer there, and what is made of
+            its content.
+    """
+    if routes is None:
+        return found
+    size = routes.buffers * routes.buffer
+    readers = max(1, min(routes.threads, routes.buffers // (1 + routes.pinned)))
+    scratch = {where: 2 * readers * routes.buffer for where in changed if where.type != "cpu"}
+    peak = {where: found.peak.get(where, 0) + scratch.get(where, 0) for where in (*found.peak, *scratch)}
+    buffers, pinned = (0, size) if routes.pinned else (size, 0)
+    return evolve(found, peak=FrozenMap(peak), borrowed=borrowed, buffers=buffers, pinned=pinned)
+
+
 def _load_cost(plan: LoadPlan) -> Cost:
     held: dict[Device, int] = {}
     exprs: list[Expr] = []
-    aside = 0
+    aside = borrowed = 0
+    changed: set[Device] = set()
+    way = {} if plan.routing is None else plan.routing.routes
     for action in plan.actions:
         where, size, expr = _held(action)
-        if size:
+        if expr is not None and type(expr) is not Read:
+            changed.add(where)
+        if type(action) is Assign and way.get(action.key) == "map":
+            borrowed += size
+        elif size:
             held[where] = held.get(where, 0) + size
         if expr is not None:
             exprs.append(expr)
             aside = max(aside, _aside(expr) + (_spec_nbytes(expr) if isinstance(action, Tie) else 0))
-    return _cost(exprs, held, aside, plan.replaced)
+    return _with_routes(_cost(exprs, held, aside, plan.replaced), plan.routing, borrowed, changed)
 
 
 def _held(action: LoadAction) -> tuple[Device, int, Expr | None]:

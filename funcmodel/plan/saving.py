@@ -12,7 +12,7 @@ from funcmodel.core.lowering import leaves
 from funcmodel.core.shapes import spec_of
 from funcmodel.core.wire import DIGEST
 from funcmodel.errors import PlanError, TieConflictError
-from funcmodel.plan.sharding import SUFFIX, index_name, plan_shards, rivals, single_name
+from funcmodel.plan.sharding import SUFFIX, Shards, index_name, plan_shards, rivals, single_name
 from funcmodel.records.actions import Publish, SaveAction, WriteIndex, WriteShard, WriteText
 from funcmodel.records.checkpoint import CheckpointSpec
 from funcmodel.records.config import Config
@@ -67,6 +67,7 @@ def plan_save(
     source: Mapping[str, Expr],
     *,
     max_shard_size: int | str | None = "5GB",
+    shards: Shards = None,
     tied: Iterable[TiedGroup] = (),
     aliases: Aliases = "alias",
     existing: CheckpointSpec | None = None,
@@ -86,6 +87,7 @@ def plan_save(
     Args:
         source: what to save.
         max_shard_size: most bytes of tensor data per file; None for one file whatever its size.
+        shards: at most so many files, about equally large; "auto" for speed. See `plan_shards`.
         tied: keys that are one tensor; the first one that `source` holds keeps the tensor.
         aliases: what to do with keys that are one tensor, declared or seen from equal expressions over stored or live
             tensors: "alias" writes the first and records the other names in the metadata, "copy" writes each, "raise"
@@ -106,7 +108,7 @@ def plan_save(
     Raises:
         PlanError: a key or a dtype that the format cannot hold, or aliases under "raise"; `.keys` names them.
         TieConflictError: tied keys with different expressions.
-        ValueError: `max_shard_size` is no size, or `digests` no choice.
+        ValueError: `max_shard_size` is no size, `shards` no number of files, or `digests` no choice.
 
     Example:
         >>> spec = TensorSpec([4], "float32")
@@ -125,20 +127,20 @@ def plan_save(
     dropped = _dropped(source, tuple(tied), aliases, reserved={*extra, "total_size", "total_parameters"})
     kept = sorted((key for key in source if key not in dropped), key=_natural)
     sizes = {key: specs[key].nbytes for key in kept}
-    shards = _free(
-        lambda tag: plan_shards(sizes, max_shard_size, name=name, variant=variant, tag=tag),
+    cut = _free(
+        lambda tag: plan_shards(sizes, max_shard_size, name=name, variant=variant, tag=tag, shards=shards),
         taken=set() if existing is None else {*_listed_by(existing), *existing.ignored},
         tags=_tags([(key, source[key]) for key in kept], extra),
     )
-    files = tuple(shards.files)
-    actions: list[SaveAction] = list(_write_shards(shards, specs, source, extra, dropped, digests))
+    files = tuple(cut.files)
+    actions: list[SaveAction] = list(_write_shards(cut, specs, source, extra, dropped, digests))
     commit = files[0]
     companions = _texts(config, texts or {})
     actions.extend(companions)
     if len(files) > 1:
         commit = index_name(name, variant=variant)
         totals = {"total_parameters": sum(specs[key].numel for key in kept), "total_size": sum(sizes.values())}
-        home = FrozenMap({key: file for file, keys in shards.files.items() for key in keys})
+        home = FrozenMap({key: file for file, keys in cut.files.items() for key in keys})
         actions.append(WriteIndex(commit, home, FrozenMap({**totals, **dict(sorted(dropped.items()))})))
     renames = tuple(file for file in (*files, *(text.file for text in companions)) if file != commit)
     replaced = _replaced(existing, name, variant)

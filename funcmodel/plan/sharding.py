@@ -1,7 +1,7 @@
 """Which key goes to which file, and how the files of a checkpoint are called."""
 
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Final, Literal, TypeAlias
 
 from funcmodel.errors import PlanError
 from funcmodel.records.mapping import FrozenMap
@@ -9,6 +9,8 @@ from funcmodel.records.plans import ShardPlan
 from funcmodel.records.tensors import parse_size
 
 SUFFIX: Final = ".safetensors"
+Shards: TypeAlias = int | Literal["auto"] | None
+_PARALLEL: Final = 2 << 30  # less than this is written as fast into one file
 
 
 def plan_shards(
@@ -19,6 +21,7 @@ def plan_shards(
     variant: str | None = None,
     suffix: str = SUFFIX,
     tag: str | None = None,
+    shards: Shards = None,
 ) -> ShardPlan:
     """Cut keys into files: greedily, in the order given, every key exactly once.
 
@@ -32,12 +35,15 @@ def plan_shards(
         variant: as in `model.fp16.safetensors`.
         suffix: of the file names.
         tag: a mark in the names of shards, for where the plain names are taken.
+        shards: at most so many files, about equally large, unless `max_shard_size` makes more; "auto" takes 4 to 8 from
+            2 GiB on, which several threads write and read at once, and below leaves it to the limit. None leaves it
+            to the limit.
 
     Returns:
         File names to keys, and to bytes of tensor data.
 
     Raises:
-        ValueError: the limit is not a size.
+        ValueError: the limit is not a size, or `shards` no number of files.
         PlanError: `name` or `variant` would make a path.
 
     Source: huggingface_hub's `split_state_dict_into_shards_factory`, which sets a tensor over the limit aside and goes
@@ -48,8 +54,13 @@ def plan_shards(
         ('a', 'b')
         >>> list(plan_shards({"a": 4, "b": 4}, "1KB").files)
         ['model.safetensors']
+        >>> dict(plan_shards({"a": 4, "b": 1, "c": 3}, None, shards=2).sizes)
+        {'model-00001-of-00002.safetensors': 4, 'model-00002-of-00002.safetensors': 4}
     """
     limit = None if max_shard_size is None else parse_size(max_shard_size)
+    if shards is not None:
+        even = _even_limit(list(sizes.values()), shards)
+        limit = even if limit is None or (even is not None and even < limit) else limit
     cuts: list[tuple[list[str], int]] = []
     keys: list[str] = []
     filled = 0
@@ -69,6 +80,34 @@ def plan_shards(
         FrozenMap({file: tuple(members) for file, (members, _) in zip(names, cuts, strict=True)}),
         FrozenMap({file: nbytes for file, (_, nbytes) in zip(names, cuts, strict=True)}),
     )
+
+
+def _even_limit(sizes: Sequence[int], shards: int | Literal["auto"]) -> int | None:
+    """The smallest limit that makes at most so many files; None where one file is as good."""
+    total = sum(sizes)
+    if shards == "auto":
+        if total < _PARALLEL:
+            return None
+        shards = max(4, min(8, total // _PARALLEL))
+    if type(shards) is not int or shards < 1:
+        raise ValueError(f"shards={shards!r}: expected a number of files or 'auto'")
+    low, high = -(-total // shards), total  # the files of the second are few enough, those of less than the first not
+    while low < high:
+        middle = (low + high) // 2
+        if _count(sizes, middle) <= shards:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _count(sizes: Sequence[int], limit: int) -> int:
+    count, filled, held = 1, 0, False
+    for nbytes in sizes:
+        if held and filled + nbytes > limit:
+            count, filled = count + 1, 0
+        filled, held = filled + nbytes, True
+    return count
 
 
 def single_name(name: str = "model", *, variant: str | None = None, suffix: str = SUFFIX) -> str:

@@ -10,6 +10,7 @@ from funcmodel.records.devices import Device
 from funcmodel.records.expressions import Expr
 from funcmodel.records.mapping import FrozenMap
 from funcmodel.records.reports import LoadReport
+from funcmodel.records.routes import Routing
 
 
 def _entries(value: Any) -> FrozenMap[str, Expr]:
@@ -85,6 +86,7 @@ class LoadPlan:
         name: the module's class name, for messages.
         source: the files read, as short text, for messages; empty unless something was found.
         replaced: bytes per device of the module's present tensors, which stay until the new ones take their place.
+        routing: which way every tensor takes; None leaves the choice to the moment when the plan is applied.
     """
 
     actions: tuple[LoadAction, ...] = field(default=(), converter=_tuple)
@@ -92,6 +94,7 @@ class LoadPlan:
     name: str = ""
     source: str = ""
     replaced: FrozenMap[Device, int] = FrozenMap()
+    routing: Routing | None = None
 
     def __repr__(self) -> str:
         r = self.report

@@ -142,12 +142,19 @@ class Cost:
         held: bytes that stay allocated per device.
         peak: highest bytes allocated at once per device, `held` included.
         written: bytes written per file name (save plans).
+        buffers: bytes of ordinary memory through which passes what cannot be read in place, on top of `peak`.
+        pinned: bytes of pinned memory, likewise.
+        borrowed: bytes of tensors that are pages of files: in the page cache, for as long as they live, and in no
+            memory of this process.
     """
 
     read: FrozenMap[str, int] = FrozenMap()
     held: FrozenMap[Device, int] = FrozenMap()
     peak: FrozenMap[Device, int] = FrozenMap()
     written: FrozenMap[str, int] = FrozenMap()
+    buffers: int = 0
+    pinned: int = 0
+    borrowed: int = 0
 
 
 OriginKind = Literal[

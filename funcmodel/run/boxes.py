@@ -10,6 +10,7 @@ from math import prod
 from typing import Final, TypeAlias
 
 from funcmodel.errors import PlanError
+from funcmodel.plan.routing import BUFFER
 from funcmodel.records.expressions import At
 from funcmodel.records.tensors import TensorSpec
 
@@ -17,9 +18,11 @@ Runs: TypeAlias = tuple[tuple[int, int], ...]
 Box: TypeAlias = tuple[Runs, ...]
 Place: TypeAlias = tuple[tuple[int, int], ...]
 
-CHUNK: Final = 16 << 20  # scratch for what cannot be read in place; torch starts its threads once per chunk
+CHUNK: Final = BUFFER  # what cannot be read in place is read in parts of this size
 PAGE: Final = 4096
 FEW: Final = 64  # up to so many runs are read one by one, byte for byte
+SCATTERED: Final = 64 << 10  # bytes of a run from which on a call for it costs next to nothing
+RUN: Final = 64  # and any number of those that have so many bytes
 
 
 def counts(box: Box) -> tuple[int, ...]:
@@ -63,7 +66,11 @@ def _split(shape: Sequence[int], box: Box) -> int:
 
 
 def widened(shape: Sequence[int], itemsize: int, box: Box) -> Box:
-    """The box to read for `box`: nothing twice, and more than is wanted only of many runs less than a page apart."""
+    """The box to read for `box`: nothing twice, and more than is wanted only of many runs less than a page apart.
+
+    Of runs that are worth a call of their own it is at most a tenth more, so that the slices of many ranks together
+    read a file once.
+    """
     box = tuple(_distinct(runs) for runs in box)
     while (axis := _split(shape, box)) >= 0:
         before = counts(box[:axis])
@@ -73,30 +80,41 @@ def widened(shape: Sequence[int], itemsize: int, box: Box) -> Box:
         first, last = min(start for start, _ in runs), max(start + length for start, length in runs)
         span = (first, last - first) if prod(before) == 1 else (0, shape[axis])
         missing = (span[1] - sum(length for _, length in runs)) * itemsize * prod(shape[axis + 1 :])
-        if missing > PAGE * len(runs) or runs == (span,):
+        wanted = sum(length for _, length in runs) * itemsize * prod(shape[axis + 1 :])
+        if runs == (span,) or missing > PAGE * len(runs) or (wanted >= RUN * len(runs) and missing * 10 > wanted):
             break
         box = (*box[:axis], (span,), *box[axis + 1 :])
     return box
 
 
-def chunks(shape: Sequence[int], itemsize: int, box: Box) -> Iterator[tuple[Box, Box, Place]]:
-    """A box in parts of at most 16 MiB to read: (part, part as it is read, where in the selection it goes)."""
-    yield from _chunks(shape, itemsize, box, tuple((0, n) for n in counts(box)))
+def scattered(shape: Sequence[int], itemsize: int, box: Box) -> bool:
+    """Whether a box lies in so many small runs that a call for each would cost more than the bytes."""
+    axis = _split(shape, box)
+    if axis < 0:
+        return False
+    count = prod(counts(box[:axis])) * len(box[axis])
+    return count > FEW and itemsize * prod(counts(box)) < SCATTERED * count
 
 
-def _chunks(shape: Sequence[int], itemsize: int, box: Box, to: Place) -> Iterator[tuple[Box, Box, Place]]:
+def chunks(shape: Sequence[int], itemsize: int, box: Box, most: int = CHUNK) -> Iterator[tuple[Box, Box, Place]]:
+    """A box in parts of at most 4 MiB to read: (part, part as it is read, where in the selection it goes)."""
+    yield from _chunks(shape, itemsize, box, tuple((0, n) for n in counts(box)), most)
+
+
+def _chunks(shape: Sequence[int], itemsize: int, box: Box, to: Place, most: int) -> Iterator[tuple[Box, Box, Place]]:
     wide = widened(shape, itemsize, box)
     nbytes = itemsize * prod(counts(wide))
     axis = next((i for i, (_, n) in enumerate(to) if n > 1), None)
-    if nbytes <= CHUNK or axis is None:
+    if nbytes <= most or axis is None:
         if prod(n for _, n in to):
             yield box, wide, to
         return
     start, count = to[axis]
-    step = max(1, count // -(-nbytes // CHUNK))
+    step = max(1, count // -(-nbytes // most))
     for at, runs in _cut(box[axis], step):
         place = (start + at, sum(length for _, length in runs))
-        yield from _chunks(shape, itemsize, (*box[:axis], runs, *box[axis + 1 :]), (*to[:axis], place, *to[axis + 1 :]))
+        inner = (*box[:axis], runs, *box[axis + 1 :])
+        yield from _chunks(shape, itemsize, inner, (*to[:axis], place, *to[axis + 1 :]), most)
 
 
 def _cut(runs: Runs, step: int) -> Iterator[tuple[int, Runs]]:

@@ -1,46 +1,31 @@
 """The engine owns bytes: fresh memory, coalesced ranges of files, a few threads. It knows `Read` and no expression."""
 
-import mmap
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import islice
+from itertools import chain, islice
 from operator import itemgetter
-from types import MappingProxyType
 from typing import Final, Protocol, TypeAlias
 
-import numpy as np
 import torch
 from attrs import frozen
 
-from funcmodel.errors import NoMemoryError
+from funcmodel.plan.routing import SLAB
 from funcmodel.records.dtypes import DType
 from funcmodel.records.expressions import Expr, FileRef, Read
+from funcmodel.records.routes import Route
+from funcmodel.run.crew import Crew
 from funcmodel.run.files import Digest, SourceFile
 from funcmodel.run.formats import Format, ReadRange, format_named, open_source, range_reader
+from funcmodel.run.memory import ALIGNED, memory, tensor_at
 from funcmodel.run.tensors import torch_dtype, torch_shape
 
 Piece: TypeAlias = tuple[int, memoryview]
 Job: TypeAlias = "tuple[Source, int, list[memoryview]]"
 
-SLAB: Final = 4 << 20  # small tensors share memory up to this size
-SMALL: Final = 64 << 10  # and are smaller than this
 RANGE: Final = 16 << 20  # one call reads at most this much
 THREADED: Final = 8 << 20  # less than this is not worth a thread
 IOVECS: Final = 1024  # the kernel's limit
-ALIGNED: Final = 64
-# Faults on 4 KiB pages cost more than the copy from the page cache; Linux grants 2 MiB pages where it is asked.
-_ADVICE: Final[int | None] = getattr(mmap, "MADV_HUGEPAGE", None)
-_HUGE: Final = 2 << 20
-_HARMLESS: Final = 1 << 30  # less than this is not compared with what the machine has
-_SHARED: Final = (
-    *("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"),
-    *("float16", "float32", "float64", "complex64", "complex128"),
-)
-# torch's dtype to numpy's; the types that numpy lacks are carried by integers of their size.
-_NATIVE: Final = MappingProxyType({getattr(torch, name): np.dtype(name) for name in _SHARED if hasattr(torch, name)})
-_CARRIER: Final = MappingProxyType({size: np.dtype(f"uint{8 * size}") for size in (1, 2, 4, 8)})
+_GLANCE: Final = 256  # so many calls are work for threads, however small
 
 
 class Source(Protocol):
@@ -73,67 +58,11 @@ def source(format_: Format, file: SourceFile) -> Source:
     return file if read is None else _Decoded(file, read)
 
 
-def memory(nbytes: int) -> memoryview:
-    """Fresh writable memory that starts at a multiple of 64 and lives as long as a view of it does.
-
-    Raises:
-        NoMemoryError: the machine has not so much.
-    """
-    if nbytes < SMALL:
-        spare = memoryview(bytearray(nbytes + ALIGNED))
-        start = -torch.frombuffer(spare, dtype=torch.uint8).data_ptr() % ALIGNED
-        return spare[start : start + nbytes]
-    try:
-        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise _no_memory(nbytes, None) from error
-    if _ADVICE is not None and nbytes >= _HUGE:
-        pages.madvise(_ADVICE)
-    return memoryview(pages)
-
-
-def require_memory(nbytes: int) -> None:
-    """Refuse what no other program's end could make room for. The system itself may promise it, and kill later.
-
-    Args:
-        nbytes: of all tensors that will be alive at once.
-
-    Raises:
-        NoMemoryError: it is more than the machine has.
-    """
-    if nbytes < _HARMLESS:
-        return
-    try:
-        has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        with open("/proc/meminfo", encoding="ascii") as file:
-            has += sum(int(line.split()[1]) << 10 for line in file if line.startswith("SwapTotal:"))
-    except (OSError, ValueError, AttributeError):
-        return  # this system does not say
-    if nbytes > has:
-        raise _no_memory(nbytes, has)
-
-
-def _no_memory(nbytes: int, has: int | None) -> NoMemoryError:
-    found = "" if has is None else f", the machine has {has}"
-    return NoMemoryError(
-        f"{nbytes} bytes of tensors do not fit into memory{found}; take fewer keys, or stream them",
-        needed=nbytes,
-        available=has,
-    )
-
-
-def tensor_at(where: memoryview, start: int, kind: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor on bytes of `where`. Its storage is its own: exact in size, with its own version counter.
-
-    A view of one large tensor would do neither: an in-place change of a neighbor would count as a change of it.
-    """
-    if 0 in shape:
-        return torch.empty(shape, dtype=kind, device="cpu")
-    # By numpy, because torch.frombuffer makes one axis only and the view that gives it others costs twice as much.
-    native = _NATIVE.get(kind)
-    if native is not None:
-        return torch.from_numpy(np.ndarray(shape, native, where, start))
-    return torch.from_numpy(np.ndarray(shape, _CARRIER[kind.itemsize], where, start)).view(kind)
+def plain_file(of: Source) -> SourceFile | None:
+    """The file of a source whose bytes stand in it as tensors hold them, however they are read; else None."""
+    if isinstance(of, SourceFile):
+        return of
+    return None if isinstance(of, _Decoded) else getattr(of, "file", None)
 
 
 @contextmanager
@@ -142,6 +71,7 @@ def opened(
     formats: tuple[Format, ...],
     exprs: Iterable[Expr] = (),
     digest: Digest = "ignore",
+    direct: Collection[str] = (),
 ) -> Iterator[dict[FileRef, Source]]:
     """Every file, opened and checked against its fingerprint before the first byte is read, closed whatever happens.
 
@@ -150,6 +80,7 @@ def opened(
         formats: the formats that they may have.
         exprs: what will be read of them.
         digest: "check", or a `Hashed`: each tensor of which `exprs` read anything is first compared with its digest.
+        direct: paths of files that are read past the page cache.
 
     Raises:
         StalePlanError: a file is not the one that was planned.
@@ -171,6 +102,11 @@ def opened(
 
             reads = {ref: (file, sources[ref].readv_into) for ref, file in files.items()}
             check_reads(exprs, reads, formats, digest)
+        for ref, file in files.items():
+            if ref.path in direct and sources[ref] is file:
+                from funcmodel.run.direct import DirectFile
+
+                sources[ref] = stack.enter_context(DirectFile(file))
         yield sources
         for file in files.values():
             file.verify_unchanged()
@@ -196,24 +132,26 @@ def jobs(file: Source, pieces: Iterable[Piece]) -> Iterator[Job]:
         yield file, start, views
 
 
-def perform(work: Iterable[Job]) -> None:
-    """Read everything, in a few threads where it is much.
+def perform(work: Iterable[Job], threads: int) -> None:
+    """Read everything, in so many threads where it is much.
 
     Whatever is raised, `KeyboardInterrupt` too, no thread still reads when this returns.
     """
     work = iter(work)
-    while batch := list(islice(work, 1024)):
-        if len(batch) == 1 or sum(len(view) for _, _, views in batch for view in views) < THREADED:
-            for file, offset, views in batch:
-                file.readv_into(views, offset)
-            continue
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1, len(batch))) as pool:
-            waiting = [pool.submit(file.readv_into, views, offset) for file, offset, views in batch]
-            try:
-                for done in waiting:
-                    done.result()
-            finally:
-                pool.shutdown(cancel_futures=True)
+    first = list(islice(work, _GLANCE))
+    much = len(first) == _GLANCE or sum(len(view) for _, _, views in first for view in views) >= THREADED
+    if threads == 1 or len(first) == 1 or not much:
+        for file, offset, views in chain(first, work):
+            file.readv_into(views, offset)
+        return
+    rest, crew = chain(first, work), Crew()
+
+    def read() -> None:
+        while (job := crew.next(rest)) is not None:
+            file, offset, views = job
+            file.readv_into(views, offset)
+
+    crew.together([read] * min(threads, len(first)))
 
 
 # -- whole stored tensors ----------------------------------------------------------------------------------------------
@@ -245,10 +183,15 @@ class _Slab:
             found[key] = tensor_at(where, position, layout.kind, layout.shape)
 
 
-def read_plain(wanted: Iterable[tuple[str, Read]], files: Mapping[FileRef, Source]) -> dict[str, torch.Tensor]:
+def read_plain(
+    wanted: Iterable[tuple[str, Read]],
+    files: Mapping[FileRef, Source],
+    routes: Mapping[str, Route],
+    threads: int = 1,
+) -> dict[str, torch.Tensor]:
     """Whole stored tensors, each byte moved once, from the file into the tensor's own memory.
 
-    Tensors of at least 64 KiB own their memory; smaller ones share slabs of at most 4 MiB, each at a multiple of 64.
+    Those on the route "slab" share blocks of at most 4 MiB, each tensor at a multiple of 64; others have their own.
 
     Raises:
         PlanError: torch has no such dtype.
@@ -273,30 +216,34 @@ def read_plain(wanted: Iterable[tuple[str, Read]], files: Mapping[FileRef, Sourc
     for ref, entries in by_file.values():
         pieces: list[Piece] = []
         work.append((files[ref], pieces))
-        slab = _place(sorted(entries, key=itemgetter(0)), pieces, slab, found)
+        slab = _place(sorted(entries, key=itemgetter(0)), pieces, slab, found, routes)
     if slab.members:
         slab.allocate(found)
     for _, pieces in work:
         pieces.sort(key=itemgetter(0))
-    perform(job for file, pieces in work for job in jobs(file, pieces))
+    perform((job for file, pieces in work for job in jobs(file, pieces)), threads)
     return found
 
 
 def _place(
-    entries: list[tuple[int, str, _Layout]], pieces: list[Piece], slab: _Slab, found: dict[str, torch.Tensor]
+    entries: list[tuple[int, str, _Layout]],
+    pieces: list[Piece],
+    slab: _Slab,
+    found: dict[str, torch.Tensor],
+    routes: Mapping[str, Route],
 ) -> _Slab:
     """Give every tensor of one file its memory, in file order; the slab is handed on to the next file."""
     first = size = end = 0  # the run of small tensors that is being collected: it lies in memory as it lies in the file
     at = -1
     for offset, key, layout in entries:
         nbytes = layout.nbytes
-        if nbytes >= SMALL:
+        if not nbytes:
+            found[key] = torch.empty(layout.shape, dtype=layout.kind, device="cpu")
+            continue
+        if routes[key] != "slab":
             where = memory(nbytes)
             found[key] = tensor_at(where, 0, layout.kind, layout.shape)
             pieces.append((offset, where))
-            continue
-        if not nbytes:
-            found[key] = torch.empty(layout.shape, dtype=layout.kind, device="cpu")
             continue
         top = slab.top
         position = (top + ALIGNED - 1) & -ALIGNED

@@ -1,50 +1,31 @@
 """`materialize`, `stream`, `fill`, `evaluate`: expressions become tensors."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from math import prod
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 
-from funcmodel.core.lowering import lowered
+from funcmodel.core.lowering import leaves
 from funcmodel.core.shapes import spec_of
-from funcmodel.errors import PlanError, ShapeError
+from funcmodel.errors import PlanError
+from funcmodel.plan.routing import LARGE, SLAB, SMALL, Wanted, routing
 from funcmodel.records.devices import Device
-from funcmodel.records.dtypes import FLOAT32, DType
 from funcmodel.records.expressions import (
-    Call,
     Cast,
     Expr,
     FileRef,
-    Full,
-    Index,
-    Live,
-    Noise,
-    Permute,
     Read,
-    Reshape,
-    Take,
 )
-from funcmodel.run.boxes import CHUNK, Box, box_of, chunks, counts, ranges, whole, widened
-from funcmodel.run.checks import LiveTensors, check_destination, check_plan, function, has_call
-from funcmodel.run.engine import (
-    SLAB,
-    SMALL,
-    Piece,
-    Source,
-    jobs,
-    memory,
-    opened,
-    perform,
-    read_plain,
-    require_memory,
-    tensor_at,
-)
+from funcmodel.records.routes import Memory, Route, Routing
+from funcmodel.run.boxes import whole
+from funcmodel.run.checks import LiveTensors, check_destination, check_plan, has_call
+from funcmodel.run.engine import opened, read_plain
+from funcmodel.run.evaluator import Evaluator
 from funcmodel.run.files import Digest
 from funcmodel.run.formats import FORMATS, Format
-from funcmodel.run.moves import constant, move, move_box, part, picked, placed
-from funcmodel.run.tensors import byte_view, tensor_spec, torch_dtype, torch_shape
+from funcmodel.run.memory import require_memory
+from funcmodel.run.moves import move_box
 
 
 def materialize(
@@ -54,12 +35,19 @@ def materialize(
     live: LiveTensors | None = None,
     formats: tuple[Format, ...] = FORMATS,
     digest: Digest = "ignore",
+    memory: Memory = "own",
+    route: Wanted = None,
 ) -> dict[str, torch.Tensor]:
     """The tensors of a plan.
 
-    Each owns its bytes: none is a view of a file, of a live tensor or of another. Tensors under 64 KiB may lie side by
-    side in one block of at most 4 MiB, which is freed with the last of them. Peak memory is the result, 16 MiB of
-    scratch, and what an opaque node (`Call`, `Noise`, a `Reshape` that cannot be read in place) needs while it runs.
+    Each owns its bytes: none is a view of a live tensor or of another, nor of a file unless that is asked for. Tensors
+    under 64 KiB, on a GPU under 1 MiB, may lie side by side in one block of at most 4 MiB, which is freed with the last
+    of them. Peak memory is the result, the buffers that `routing` names, and what an opaque node (`Call`, `Noise`, a
+    `Reshape` that cannot be read in place) needs while it runs. On a GPU it is the result and, where something is cast
+    or turned there, for each thread one buffer and what is made of it.
+
+    A GPU has the bits of the CPU, but for the payload of a NaN that is cast. What the current stream is given next
+    finds the tensors complete; they are not waited for.
 
     Args:
         plan: key to expression.
@@ -68,6 +56,10 @@ def materialize(
         formats: the formats that files may have.
         digest: "check" first hashes every stored tensor of which the plan reads anything, and compares it with the
             digest that is recorded of it.
+        memory: "borrow" maps what stands in its file as it is wanted, instead of reading it. Such a tensor may be
+            written to, which changes no file; but a file that another process overwrites changes it, and one that is
+            cut short ends this process. Saves of funcmodel never do either.
+        route: how tensors are read, instead of how `routing` would choose; see there.
 
     Returns:
         Key to tensor, in plan order.
@@ -81,17 +73,42 @@ def materialize(
         NoMemoryError: the machine can never hold the result.
     """
     target = _torch_device(device)
-    if target.type != "cpu":
-        return dict(stream(plan, device=target, live=live, formats=formats, digest=digest))
-    require_memory(_held(plan))
+    return materialize_routed(plan, _probed(plan, formats, target, memory, route), target, live, formats, digest)
+
+
+def materialize_routed(
+    plan: Mapping[str, Expr],
+    routes: Routing,
+    device: torch.device,
+    live: LiveTensors | None,
+    formats: tuple[Format, ...],
+    digest: Digest,
+) -> dict[str, torch.Tensor]:
+    """`materialize`, by routes that were chosen before; `routes` may know of more keys than the plan has."""
     result: dict[str, Any] = dict.fromkeys(plan)
-    plain = [(key, expr) for key, expr in plan.items() if type(expr) is Read]
-    others = [(key, expr) for key, expr in plan.items() if type(expr) is not Read]
-    with _evaluator(plan, live, formats, digest) as at:
-        result.update(read_plain(plain, at.files))
+    way = routes.routes
+    if device.type == "cpu":
+        require_memory(_held(plan, way))
+    plain: list[tuple[str, Read]] = []
+    mapped: list[tuple[str, Expr]] = []
+    staged: list[tuple[str, Expr]] = []
+    others: list[tuple[str, Expr]] = []
+    for key, expr in plan.items():
+        taken = way[key]
+        if taken == "stage" or device.type != "cpu":
+            staged.append((key, expr))
+        elif taken == "slab" or taken == "read":
+            plain.append((key, cast(Read, expr)))
+        else:
+            (mapped if taken == "map" else others).append((key, expr))
+    with _evaluator(plan, live, formats, digest, routes) as at:
+        result.update(at.mapped(mapped))
+        result.update(read_plain(plain, at.files, way, routes.threads))
         del plain
+        result.update(at.staged(staged, device))
         for batch in _batches(others):
             result.update(at.batch(batch))
+        at.finish()
     return result
 
 
@@ -105,9 +122,10 @@ def stream(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a plan, one after the other, in plan order.
 
-    Holds one tensor and about 20 MiB of buffers. Let go of each tensor before asking for the next (`del tensor`), or
-    two are alive at once. Files are opened, all of them, when the first tensor is asked for, and checked once more
-    after the last one; only an iteration that ends without an error is known to have seen one state of every file.
+    Holds one tensor and the buffers that `routing` names. Let go of each tensor before asking for the next (`del
+    tensor`), or two are alive at once. Files are opened, all of them, when the first tensor is asked for, and checked
+    once more after the last one; only an iteration that ends without an error is known to have seen one state of every
+    file.
 
     Args:
         plan: key to expression.
@@ -123,11 +141,13 @@ def stream(
         PlanError, StalePlanError, ChangedError, DigestError, CheckpointError: as `materialize`.
     """
     target = _torch_device(device)
-    with _evaluator(plan, live, formats, digest) as at:
+    routes = _probed(plan, formats, target, "own", None)
+    with _evaluator(plan, live, formats, digest, routes) as at:
         for batch in _batches(plan.items()):
-            tensors = at.batch(batch)
+            tensors = at.batch(batch) if target.type == "cpu" else at.staged(batch, target)
+            at.finish()
             for key, _ in batch:
-                yield key, tensors.pop(key) if target.type == "cpu" else tensors.pop(key).to(target)
+                yield key, tensors.pop(key)
 
 
 def fill(
@@ -137,6 +157,7 @@ def fill(
     live: LiveTensors | None = None,
     formats: tuple[Format, ...] = FORMATS,
     digest: Digest = "ignore",
+    route: Wanted = None,
 ) -> None:
     """Write the tensors of a plan into existing ones, of any strides and on any device.
 
@@ -149,33 +170,45 @@ def fill(
         live: the tensors that `Live` leaves name.
         formats: the formats that files may have.
         digest: as in `materialize`; everything is compared before the first byte is written.
+        route: as in `materialize`; a tensor that exists can be the target of "read", "transform" and "stage".
 
     Raises:
         ShapeError: a destination has another shape or dtype than its expression.
         PlanError: a destination is missing, on meta, or expanded; or as `materialize`.
         StalePlanError, ChangedError, DigestError, CheckpointError: as `materialize`.
     """
+    fill_routed(plan, None, destinations, live, formats, digest, route)
+
+
+def fill_routed(
+    plan: Mapping[str, Expr],
+    routes: Routing | None,
+    destinations: LiveTensors,
+    live: LiveTensors | None,
+    formats: tuple[Format, ...],
+    digest: Digest,
+    route: Wanted = None,
+) -> None:
+    """`fill`, by routes that were chosen before; None chooses them now."""
     into = {key: check_destination(key, expr, destinations) for key, expr in plan.items()}
+    if routes is None:
+        routes = _probed(plan, formats, {key: str(t.device) for key, t in into.items()}, "own", route, into="existing")
     taken = {t.untyped_storage().data_ptr() for t in into.values()}
     source = {
         key: t.detach().clone() if t.device.type != "meta" and t.untyped_storage().data_ptr() in taken else t
         for key, t in (live or {}).items()
         if isinstance(t, torch.Tensor)
     }
-    with _evaluator(plan, source, formats, digest) as at:
+    with _evaluator(plan, source, formats, digest, routes) as at:
         early = {key: at.tensor(expr) for key, expr in plan.items() if type(expr) is not Read and has_call(expr)}
-        work: dict[FileRef, list[Piece]] = {}
         for key, expr in plan.items():
             to = into[key]
-            if type(expr) is Read and to.device.type == "cpu" and to.is_contiguous() and to.numel():
-                work.setdefault(expr.file, []).append((expr.offset, byte_view(to)))
-            elif key in early or to.device.type != "cpu":
-                move(early.pop(key) if key in early else at.tensor(expr), to)
+            if key in early:
+                done = early.pop(key)
+                move_box(done, whole(done.shape), to)
             else:
-                at.write(expr, to)
-        for pieces in work.values():
-            pieces.sort(key=lambda piece: piece[0])
-        perform(job for ref, pieces in work.items() for job in jobs(at.files[ref], pieces))
+                at.write(expr, to, staged=to.device.type != "cpu" or routes.routes[key] == "stage")
+        at.finish()
     for tensor in into.values():
         if not tensor.is_inference():
             torch.autograd.graph.increment_version(tensor)
@@ -197,20 +230,56 @@ def evaluate(
 
 @contextmanager
 def _evaluator(
-    plan: Mapping[str, Expr], live: LiveTensors | None, formats: tuple[Format, ...], digest: Digest
-) -> "Iterator[_Evaluator]":
+    plan: Mapping[str, Expr], live: LiveTensors | None, formats: tuple[Format, ...], digest: Digest, routes: Routing
+) -> "Iterator[Evaluator]":
     """Check everything that can be checked without reading, open every file, and check them again at the end."""
     given = live or {}
     refs = check_plan(plan, given)
-    with opened(refs, formats, plan.values(), digest) as files:
-        yield _Evaluator(files, given)
+    with opened(refs, formats, plan.values(), digest, routes.direct) as files:
+        yield Evaluator(files, given, routes)
 
 
-def _held(plan: Mapping[str, Expr]) -> int:
-    """Bytes of all tensors of a plan. The specs of stored tensors are shared, and computing their sizes is not free."""
+def _probed(
+    plan: Mapping[str, Expr],
+    formats: tuple[Format, ...],
+    device: torch.device | Mapping[str, str],
+    memory: Memory,
+    route: Wanted,
+    into: Literal["fresh", "existing"] = "fresh",
+) -> Routing:
+    """The routes of a plan on this machine."""
+    from funcmodel.run.machine import machine
+
+    found = machine(stored_files(plan.values()), formats=formats, **how_to_look(plan.values(), memory, route))
+    on = str(device) if isinstance(device, torch.device) else device
+    return routing(plan, found, on=on, into=into, memory=memory, route=route)
+
+
+def how_to_look(exprs: Iterable[Expr], memory: Memory, route: Wanted) -> dict[str, Any]:
+    """The arguments for `machine` of who wants it for these routes."""
+    asked = memory == "borrow" or route is not None
+    everything_maps = memory == "borrow" and route is None and all(type(expr) is Read for expr in exprs)
+    return {"smallest": 0 if asked else LARGE, "sampled": not everything_maps}
+
+
+def stored_files(exprs: Iterable[Expr]) -> list[FileRef]:
+    """The files that expressions read, each once."""
+    refs: dict[int, FileRef] = {}
+    for expr in exprs:
+        if type(expr) is Read:
+            refs[id(expr.file)] = expr.file
+        else:
+            refs.update((id(leaf.file), leaf.file) for leaf in leaves(expr) if isinstance(leaf, Read))
+    return list(dict.fromkeys(refs.values()))
+
+
+def _held(plan: Mapping[str, Expr], way: Mapping[str, Route]) -> int:
+    """Bytes of memory of all tensors of a plan. The specs of stored tensors are shared; their sizes are not free."""
     sizes: dict[int, int] = {}
     total = 0
-    for expr in plan.values():
+    for key, expr in plan.items():
+        if way[key] == "map":
+            continue
         if type(expr) is not Read:
             total += spec_of(expr).nbytes
             continue
@@ -248,141 +317,3 @@ def _batches(plan: Iterable[tuple[str, Expr]]) -> Iterator[list[tuple[str, Expr]
         size += nbytes
     if batch:
         yield batch
-
-
-# -- one expression into one destination -------------------------------------------------------------------------------
-
-
-class _Evaluator:
-    """Open files, live tensors, and a scratch buffer; belongs to one call, so threads share nothing."""
-
-    def __init__(self, files: Mapping[FileRef, Source], live: LiveTensors) -> None:
-        self.files = files
-        self.live = live
-        self._scratch = memoryview(b"")
-
-    def batch(self, batch: Sequence[tuple[str, Expr]]) -> dict[str, torch.Tensor]:
-        """Tensors of one batch of `_batches`."""
-        if len(batch) == 1 and type(batch[0][1]) is not Read:
-            return {batch[0][0]: self.tensor(batch[0][1])}
-        reads = [(key, expr.of if type(expr) is Cast else expr) for key, expr in batch]
-        found = read_plain(cast(list[tuple[str, Read]], reads), self.files)
-        for key, expr in batch:
-            if type(expr) is Cast:
-                found[key] = found[key].to(torch_dtype(expr.dtype))
-        return found
-
-    def tensor(self, expr: Expr) -> torch.Tensor:
-        """A fresh contiguous CPU tensor."""
-        spec = spec_of(expr)
-        shape, kind = torch_shape(spec), torch_dtype(spec.dtype)
-        if spec.nbytes < SMALL:
-            result = torch.empty(shape, dtype=kind, device="cpu")
-        else:
-            result = tensor_at(memory(spec.nbytes), 0, kind, shape)
-        self.write(expr, result)
-        return result
-
-    def write(self, expr: Expr, to: torch.Tensor, casts: tuple[DType, ...] = ()) -> None:
-        """Write `expr`, cast by `casts` one after the other, into a CPU tensor of its shape."""
-        written = 0
-        spec = spec_of(expr)
-        for copy in lowered(expr):
-            destination = part(to, copy.to, spec)
-            self._write_chain(copy.of, destination, casts)
-            written += destination.numel()
-        if written != to.numel():
-            raise PlanError(f"the copies of {type(expr).__name__} write {written} of {to.numel()} elements")
-
-    def _write_chain(self, expr: Expr, to: torch.Tensor, casts: tuple[DType, ...]) -> None:
-        """A chain without joins: casts are collected, permutations and picks move to the destination's side."""
-        picks: list[tuple[int, ...] | None] = [None] * to.ndim
-        while True:
-            match expr:
-                case Cast(of, dtype):
-                    casts = (dtype, *casts)
-                case Permute(of, dims):
-                    if spec_of(of).dtype.pack > 1 and dims[-1] != len(dims) - 1:
-                        raise PlanError(f"{spec_of(of)!r} packs elements along its last axis, which cannot be moved")
-                    order = sorted(range(len(dims)), key=dims.__getitem__)
-                    to = to.permute(order)
-                    picks = [picks[i] for i in order]
-                case Take(of, dim, indices):
-                    old = picks[dim]
-                    picks[dim] = indices if old is None else tuple(indices[i] for i in old)
-                case _:
-                    break
-            expr = of
-        leaf = expr.of if type(expr) is Index else expr
-        spec = spec_of(leaf)
-        at = expr.at if type(expr) is Index else tuple((0, n) for n in spec.shape)
-        box = box_of(spec, at, picks)
-        for axis, chosen in enumerate(at):
-            if isinstance(chosen, int):
-                to = to.unsqueeze(axis)
-        self._write_leaf(leaf, box, to, casts)
-
-    def _write_leaf(self, leaf: Expr, box: Box, to: torch.Tensor, casts: tuple[DType, ...]) -> None:
-        match leaf:
-            case Read():
-                self._write_read(leaf, box, to, casts)
-            case Live():
-                move_box(self.live[leaf.key].detach().cpu(), box, to, casts)
-            case Full(spec, value):
-                move(constant(spec, value).expand(to.shape), to, casts)
-            case Noise(spec, mean, std, seed):
-                casts = casts if spec.dtype is FLOAT32 else (spec.dtype, *casts)
-                generator = torch.Generator("cpu").manual_seed(seed)
-                if not casts and box == whole(spec.shape) and to.is_contiguous():
-                    to.normal_(mean, std, generator=generator)
-                else:
-                    draw = torch.empty(spec.shape, dtype=torch.float32, device="cpu")
-                    move_box(draw.normal_(mean, std, generator=generator), box, to, casts)
-            case Reshape(of):
-                inner = torch_shape(spec_of(of))
-                if box == whole(torch_shape(spec_of(leaf))) and to.is_contiguous():
-                    self.write(of, to.view(inner), casts)
-                else:
-                    move_box(self.tensor(of).view(torch_shape(spec_of(leaf))), box, to, casts)
-            case Call():
-                move_box(self._called(leaf), box, to, casts)
-            case _:
-                move_box(self.tensor(leaf), box, to, casts)
-
-    def _called(self, call: Call) -> torch.Tensor:
-        args = [self.tensor(arg) for arg in call.args]
-        with torch.no_grad():
-            result = function(call.fn, call.fn)(*args, **call.static)
-        if not isinstance(result, torch.Tensor) or result.device.type == "meta" or tensor_spec(result) != call.spec:
-            found = tensor_spec(result) if isinstance(result, torch.Tensor) else type(result).__name__
-            raise ShapeError(
-                f"{call.fn} returned {found!r}, the plan declares {call.spec!r}; correct one of the two",
-                key=call.fn,
-                expected=call.spec,
-                found=found,
-            )
-        return result.detach().cpu()
-
-    def _write_read(self, read: Read, box: Box, to: torch.Tensor, casts: tuple[DType, ...]) -> None:
-        shape, kind = torch_shape(read.spec), torch_dtype(read.spec.dtype)
-        file = self.files[read.file]
-        if not casts and to.is_contiguous() and widened(shape, kind.itemsize, box) == box:
-            if to.numel():
-                perform(jobs(file, _into(byte_view(to), read.offset, ranges(shape, kind.itemsize, box))))
-            return
-        for box_part, wide, place in chunks(shape, kind.itemsize, box):
-            size = counts(wide)
-            nbytes = prod(size) * kind.itemsize
-            if len(self._scratch) < nbytes:
-                self._scratch = memory(nbytes if nbytes < SMALL else max(nbytes, CHUNK))
-            scratch = self._scratch[:nbytes]
-            perform(jobs(file, _into(scratch, read.offset, ranges(shape, kind.itemsize, wide))))
-            source = tensor_at(scratch, 0, kind, size)
-            move(picked(source, box_part, wide), placed(to, place), casts)
-
-
-def _into(where: memoryview, base: int, runs: Iterable[tuple[int, int]]) -> Iterator[Piece]:
-    at = 0
-    for first, size in runs:
-        yield base + first, where[at : at + size]
-        at += size

@@ -33,14 +33,36 @@ def move(source: torch.Tensor, to: torch.Tensor, casts: Sequence[DType] = ()) ->
 
 
 def move_box(source: torch.Tensor, box: Box, to: torch.Tensor, casts: Sequence[DType] = ()) -> None:
-    """Copy a box of a tensor in memory; temporaries stay within a few chunks."""
+    """Copy a box of a tensor in memory, of whichever device; temporaries stay within a few chunks.
+
+    From one device to another what the CPU holds is cast there, so the bits are the CPU's.
+    """
     everything = whole(source.shape)
-    if len(casts) < 2 and all(len(runs) == 1 for runs in box):
+    near = source.device == to.device
+    if near and len(casts) < 2 and all(len(runs) == 1 for runs in box):
         move(picked(source, box, everything), to, casts)
         return
     size = max(source.element_size(), *(kind.bits // 8 for kind in casts), 1)
     for part, _, place in chunks(source.shape, size, box):
-        move(picked(source, part, everything), placed(to, place), casts)
+        piece = picked(source, part, everything)
+        if near:
+            move(piece, placed(to, place), casts)
+        else:
+            _carry(piece, placed(to, place), casts)
+
+
+def _carry(source: torch.Tensor, to: torch.Tensor, casts: Sequence[DType]) -> None:
+    """As `move`, between devices; a contiguous copy of the source is made."""
+    if source.is_cpu:
+        for kind in casts:
+            source = source.to(torch_dtype(kind))
+        casts = ()
+    bits = _BITS.get(source.dtype.itemsize)
+    if bits is None or source.is_conj() or source.is_neg():
+        source = source.contiguous().to(to.device)
+    else:
+        source = source.view(bits).contiguous().to(to.device).view(source.dtype)
+    move(source, to, casts)
 
 
 def picked(source: torch.Tensor, box: Box, given: Box) -> torch.Tensor:
@@ -56,7 +78,7 @@ def picked(source: torch.Tensor, box: Box, given: Box) -> torch.Tensor:
         else:
             position = {i: at for at, i in enumerate(indices(held))}
             rows = [position[i] for i in indices(runs)]
-        source = _selected(source, axis, torch.tensor(rows, dtype=torch.int64, device="cpu"))
+        source = _selected(source, axis, torch.tensor(rows, dtype=torch.int64, device=source.device))
     return source
 
 

@@ -21,7 +21,6 @@ from funcmodel.records.checkpoint import CheckpointSpec, FileSpec, IndexSpec, St
 from funcmodel.records.expressions import Expr, FileRef, Read
 from funcmodel.records.mapping import FrozenMap
 from funcmodel.records.plans import StateDictPlan
-from funcmodel.run.existing import listing, stands_in
 from funcmodel.run.files import open_regular
 from funcmodel.run.formats import FORMATS, Format, format_of
 
@@ -177,6 +176,8 @@ def _checkpoint(where: str, job: _Job, *, config: bool = False) -> CheckpointSpe
     What is read after the names were listed must still be there under the same name when the last file has been read;
     and a finding about a folder that changed meanwhile is none. Either is reason to look again.
     """
+    from funcmodel.run.existing import listing  # a plan needs none of it
+
     for attempt in range(_LOOKS):
         names = listing(where)
         if names is None:
@@ -197,6 +198,8 @@ def _checkpoint(where: str, job: _Job, *, config: bool = False) -> CheckpointSpe
 
 
 def _look(where: str, there: Mapping[str, tuple[int, ...]], job: _Job, *, config: bool) -> CheckpointSpec:
+    from funcmodel.run.existing import stands_in
+
     stands = stands_in(where, there)
     names = [name for name in there if name not in stands.hidden]
     found = _chosen(where, names, job, decided=stands.decided)

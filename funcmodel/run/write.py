@@ -2,10 +2,11 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from itertools import groupby
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, get_args
+from functools import partial
+from itertools import takewhile
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias, get_args
 
 import torch
 from attrs import frozen
@@ -19,19 +20,19 @@ from funcmodel.errors import PlanError, UnsafePathError
 from funcmodel.plan.sharding import SUFFIX, variant_of
 from funcmodel.records.actions import Publish, WriteIndex, WriteShard, WriteText
 from funcmodel.records.checkpoint import CheckpointSpec, FileSpec, IndexSpec, StoredTensor
-from funcmodel.records.expressions import Expr, FileRef, Live, Read
+from funcmodel.records.expressions import Live, Read
 from funcmodel.records.mapping import FrozenMap
 from funcmodel.records.plans import SavePlan
-from funcmodel.run.checks import check_plan
-from funcmodel.run.engine import Source, opened
-from funcmodel.run.evaluate import stream
+from funcmodel.run.crew import Crew
+from funcmodel.run.engine import opened
 from funcmodel.run.files import Digest, Hashed
 from funcmodel.run.filesystem import REAL, Durability, FileSystem, Symlinks
 from funcmodel.run.formats import FORMATS, Format, format_of
-from funcmodel.run.tensors import FROM_TORCH, byte_view
+from funcmodel.run.outgoing import Outgoing
 
 if TYPE_CHECKING:
     from funcmodel.run.destinations import StagedFile
+    from funcmodel.run.staging import Transaction
 
 LiveTensors: TypeAlias = Mapping[str, torch.Tensor]
 Path: TypeAlias = str | os.PathLike[str]
@@ -39,10 +40,7 @@ Path: TypeAlias = str | os.PathLike[str]
 _LONGEST: Final = 255  # bytes of a file name, on nearly every system
 _MARKED: Final = re.compile(r"-[0-9a-f]{8}-[0-9]+-of-[0-9]+\.safetensors$")
 _MARK: Final = len("-00000000")  # of shards whose plain names are taken: every second save needs it
-_BUFFER: Final = 16 << 20  # stored bytes pass through a buffer of this size
-_SLAB: Final = 4 << 20  # small tensors are joined into blocks of this size
-_SMALL: Final = 64 << 10  # and are smaller than this
-_PIECE: Final = 8 << 20  # what is not contiguous on the CPU is made so in pieces of this size
+_APART: Final = 64 << 20  # shards of fewer bytes together are written one after the other
 
 
 def write(
@@ -101,18 +99,21 @@ def write(
     texts = dict(_text(action) for action in plan.actions if isinstance(action, WriteText | WriteIndex))
     entries = {key: expr for shard in shards for key, expr in shard.action.entries.items()}
     check: Digest = Hashed() if digest == "check" else digest
-    sources = _Sources(entries, live or {}, formats, check)
+    sources = Outgoing(entries, live or {}, formats, check)
     sizes = {**{shard.file: shard.nbytes for shard in shards}, **{file: len(text) for file, text in texts.items()}}
     if {*sizes} != {*publish.renames, publish.commit}:
         raise PlanError(f"the plan writes {sorted(sizes)} and publishes {sorted((*publish.renames, publish.commit))}")
     with Transaction(folder, publish, symlinks, durability, filesystem, sizes) as transaction:
         transaction.reserve()
         reads = opened(sources.refs.values(), formats, entries.values(), check)
-        with reads as files, closing(sources.computed()) as values, torch.no_grad():
-            for at, shard in enumerate(shards):
-                staged = transaction.stage(shard.file)
-                shards[at] = _write_shard(shard, staged, sources.buffers(shard, files, values), formats)
-                transaction.seal(shard.file, shard.nbytes)
+        with reads as files, closing(sources.computed()) as values:
+
+            def write_one(shard: _Shard, staged: "StagedFile", crew: Crew) -> _Shard:
+                batches = sources.buffers(shard.action.entries, files, values)
+                with torch.no_grad():  # that is a setting of each thread
+                    return _write_shard(shard, staged, takewhile(lambda _: not crew.stopped, batches), formats)
+
+            shards = list(_each(shards, transaction, write_one, _writers(shards, sources)))
             for _ in values:  # only a stream that has ended has seen one state of its files
                 raise AssertionError("a value that no shard holds")
         for file, text in texts.items():
@@ -201,120 +202,38 @@ def _folder(path: str, publish: Publish) -> str:
     return os.path.dirname(path) or os.curdir
 
 
-# -- bytes ------------------------------------------------------------------------------------------------------------
+# -- bytes -------------------------------------------------------------------------------------------------------------
 
 
-class _Sources:
-    """Where the bytes come from: stored tensors as they stand, live tensors as they lie, everything else computed."""
+def _writers(shards: Sequence[_Shard], sources: Outgoing) -> int:
+    """How many shards are written at once. Two threads on one file gain nothing: it has one lock."""
+    if len(shards) < 2 or sum(shard.nbytes for shard in shards) < _APART or not sources.independent():
+        return 1
+    from funcmodel.run.machine import threads
 
-    def __init__(
-        self, entries: Mapping[str, Expr], live: LiveTensors, formats: tuple[Format, ...], digest: Digest
-    ) -> None:
-        self._computed = {key: expr for key, expr in entries.items() if not isinstance(expr, Read | Live)}
-        self._live = live
-        self._formats = formats
-        self._digest = digest
-        self._buffer = memoryview(b"")  # made when the first stored tensor is copied
-        self.refs = {id(ref): ref for ref in check_plan(self._computed, live)}
-        for key, expr in entries.items():
-            if isinstance(expr, Read):
-                if not 0 <= expr.offset <= expr.file.nbytes - expr.spec.nbytes:
-                    check_plan({key: expr}, live)
-                self.refs[id(expr.file)] = expr.file
-            elif isinstance(expr, Live):
-                _check_live(expr, live)
-
-    def computed(self) -> Any:
-        """The tensors that are neither stored nor live as they are wanted, in the order of the entries."""
-        return stream(self._computed, live=self._live, formats=self._formats, digest=self._digest)
-
-    def buffers(
-        self, shard: _Shard, files: Mapping[FileRef, Source], values: Iterator[tuple[str, torch.Tensor]]
-    ) -> Iterator[list[memoryview]]:
-        """The data of a shard, in order. Each batch must be written before the next is asked for."""
-        for kind, run in groupby(shard.action.entries.items(), key=lambda entry: type(entry[1])):
-            if kind is Read:
-                yield from self._stored((expr for _, expr in run if isinstance(expr, Read)), files)
-            elif kind is Live:
-                yield from _joined(self._live[expr.key] for _, expr in run if isinstance(expr, Live))
-            else:
-                yield from _joined(next(values)[1] for _ in run)
-
-    def _stored(self, reads: Iterable[Read], files: Mapping[FileRef, Source]) -> Iterator[list[memoryview]]:
-        """Stored bytes through one buffer; tensors that are neighbors on both sides are read in one call."""
-        buffer = self._buffer = self._buffer or memoryview(bytearray(_BUFFER))
-        filled = 0
-        for ref, start, stop in _ranges(reads):
-            while start < stop:
-                count = min(stop - start, _BUFFER - filled)
-                files[ref].readv_into([buffer[filled : filled + count]], start)
-                filled += count
-                start += count
-                if filled == _BUFFER:
-                    yield [buffer]
-                    filled = 0
-        if filled:
-            yield [buffer[:filled]]
+    return min(len(shards), threads())
 
 
-def _check_live(leaf: Live, live: LiveTensors) -> None:
-    """What `check_plan` checks, with one look at tensors that are as planned: there may be 100,000 of them."""
-    tensor, spec = live.get(leaf.key), leaf.spec
-    if not (
-        isinstance(tensor, torch.Tensor)
-        and tensor.shape == spec.shape
-        and FROM_TORCH.get(tensor.dtype) is spec.dtype
-        and not tensor.is_meta
-        and tensor.layout is torch.strided
-    ):
-        check_plan({leaf.key: leaf}, live)
+def _each(
+    shards: Sequence[_Shard],
+    transaction: "Transaction",
+    write_one: "Callable[[_Shard, StagedFile, Crew], _Shard]",
+    at_once: int,
+) -> Iterator[_Shard]:
+    """Write shards, so many at once, each complete on the disk when it is given back."""
+    for start in range(0, len(shards), at_once):
+        written = list(shards[start : start + at_once])
+        crew = Crew()
 
+        def take(at: int, staged: "StagedFile", written: list[_Shard] = written, crew: Crew = crew) -> None:
+            written[at] = write_one(written[at], staged, crew)
+            if len(written) > 1 and transaction.durability == "full":
+                transaction.filesystem.fsync(staged.fd)  # beside the others; sealing it finds nothing left to do
 
-def _ranges(reads: Iterable[Read]) -> Iterator[tuple[FileRef, int, int]]:
-    """The byte ranges of stored tensors, those joined that follow one another in their file."""
-    ref, start, stop = None, 0, 0
-    for read in reads:
-        if read.file is not ref or read.offset != stop:
-            if ref is not None:
-                yield ref, start, stop
-            ref, start, stop = read.file, read.offset, read.offset
-        stop += read.spec.nbytes
-    if ref is not None:
-        yield ref, start, stop
-
-
-def _joined(tensors: Iterable[torch.Tensor]) -> Iterator[list[memoryview]]:
-    """The bytes of tensors: small ones copied together, large ones as they lie in memory."""
-    small: list[torch.Tensor] = []
-    size = 0
-    kind = None
-    for tensor in tensors:
-        nbytes = tensor.nbytes
-        fits = nbytes <= _SMALL and tensor.is_cpu
-        if small and not (fits and tensor.dtype is kind and size + nbytes <= _SLAB):
-            yield [byte_view(torch.cat(small))]
-            small, size = [], 0
-        if fits:
-            small.append(tensor.reshape(-1))
-            size, kind = size + nbytes, tensor.dtype
-        else:
-            yield from _pieces(tensor)
-        del tensor  # or the next one would be made while this one is still held
-    if small:
-        yield [byte_view(torch.cat(small))]
-
-
-def _pieces(tensor: torch.Tensor) -> Iterator[list[memoryview]]:
-    """The bytes of one tensor in row-major order, without a copy where it lies so on the CPU."""
-    plain = tensor.is_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
-    if plain:
-        yield [byte_view(tensor)]
-    elif tensor.nbytes <= _PIECE:
-        yield [byte_view(tensor.cpu().resolve_conj().resolve_neg().contiguous())]
-    else:
-        rows = max(1, _PIECE * len(tensor) // tensor.nbytes)
-        for part in torch.split(tensor, rows) if len(tensor) > 1 else tensor.unbind():
-            yield from _pieces(part)
+        crew.together([partial(take, at, transaction.stage(shard.file)) for at, shard in enumerate(written)])
+        for shard in written:
+            transaction.seal(shard.file, shard.nbytes)
+        yield from written
 
 
 def _write_shard(

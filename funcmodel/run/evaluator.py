@@ -1,0 +1,333 @@
+"""One call's work: open files, what is computed at once, and what is still to be read."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
+from typing import TYPE_CHECKING, Final, NamedTuple, cast
+
+import torch
+
+from funcmodel.core.lowering import lowered
+from funcmodel.core.shapes import spec_of
+from funcmodel.errors import PlanError, ShapeError
+from funcmodel.plan.routing import BUFFER, SMALL, mapped_range
+from funcmodel.records.dtypes import DType
+from funcmodel.records.expressions import (
+    Call,
+    Cast,
+    Expr,
+    FileRef,
+    Full,
+    Index,
+    Live,
+    Noise,
+    Permute,
+    Read,
+    Reshape,
+    Take,
+)
+from funcmodel.records.routes import Route, Routing
+from funcmodel.run.boxes import Box, box_of, chunks, ranges, scattered, whole, widened
+from funcmodel.run.checks import LiveTensors, function
+from funcmodel.run.engine import Piece, Source, jobs, perform, plain_file, read_plain
+from funcmodel.run.memory import memory, tensor_at
+from funcmodel.run.moves import move_box, part, placed
+from funcmodel.run.tensors import byte_view, tensor_spec, torch_dtype, torch_shape
+
+if TYPE_CHECKING:
+    from funcmodel.run.buffers import Part
+    from funcmodel.run.passages import Passage
+    from funcmodel.run.ring import Ring
+
+_PIECE: Final = 256 << 20  # bytes that are computed out of a mapping between two looks at its lease
+
+
+class _Boxed(NamedTuple):
+    """A box of a stored tensor, where it goes, and what happens to it on the way."""
+
+    read: Read
+    shape: tuple[int, ...]
+    kind: torch.dtype
+    box: Box
+    to: torch.Tensor
+    casts: tuple[DType, ...]
+
+
+class Evaluator:
+    """Open files, live tensors, and what is still to be read; belongs to one call, so threads share nothing.
+
+    `write` does at once what needs no file, and notes the rest; `finish` reads it all, in the order of the files.
+    """
+
+    def __init__(self, files: Mapping[FileRef, Source], live: LiveTensors, routes: Routing) -> None:
+        self.files = files
+        self.live = live
+        self._routes = routes
+        self._mapped = frozenset(routes.mapped)
+        self._pieces: dict[FileRef, list[Piece]] = {}
+        self._boxes: list[_Boxed] = []
+        self._parts: list[Part] = []
+        self._passing: dict[torch.device, list[Passage]] = {}
+        self._rings: dict[torch.device, Ring] = {}
+
+    def mapped(self, wanted: Sequence[tuple[str, Expr]]) -> dict[str, torch.Tensor]:
+        """Tensors that are pages of their files."""
+        found: dict[str, torch.Tensor] = {}
+        if not wanted:
+            return found
+        from funcmodel.run.mapped import mapping
+
+        pages: dict[int, memoryview] = {}
+        for key, expr in wanted:
+            stands = mapped_range(expr)
+            spec = expr.spec if type(expr) is Read else spec_of(expr)
+            shape, kind = torch_shape(spec), torch_dtype(spec.dtype)
+            if stands is None or not stands[2]:
+                found[key] = torch.empty(shape, dtype=kind, device="cpu")
+                continue
+            read, start, _ = stands
+            where = pages.get(id(read.file))
+            if where is None:
+                file = plain_file(self.files[read.file])
+                if file is None:
+                    raise PlanError(f"{read.file.path} is decoded while it is read and cannot be mapped", keys=(key,))
+                where = pages[id(read.file)] = mapping(file)
+            found[key] = tensor_at(where, start, kind, shape)
+        return found
+
+    def staged(self, wanted: Sequence[tuple[str, Expr]], device: torch.device) -> dict[str, torch.Tensor]:
+        """Tensors on a device, through the ring; what `finish` has yet to read is not in them."""
+        if not wanted:
+            return {}
+        from funcmodel.run.passages import Span
+        from funcmodel.run.slabs import homes
+
+        order = {ref: i for i, ref in enumerate(self.files)}
+        # What is small lies on the device as it lies in the file, so that it takes one copy.
+        stored = [(order[expr.file], expr.offset, key, expr.spec) for key, expr in wanted if type(expr) is Read]
+        stored.sort(key=itemgetter(0, 1))
+        made = [(key, spec_of(expr)) for key, expr in wanted if type(expr) is not Read]
+        found = homes([*((key, spec) for _, _, key, spec in stored), *made], device)
+        device = found[wanted[0][0]].tensor.device  # which has an index, where one can have one
+        passing = self._passing.setdefault(device, [])
+        for key, expr in wanted:
+            home = found[key]
+            if type(expr) is not Read:
+                self.write(expr, home.tensor, staged=True)
+            elif home.tensor.numel():
+                nbytes = expr.spec.nbytes
+                passing.append(Span(self.files[expr.file], expr.offset, nbytes, home.flat, home.at, padded=True))
+        return {key: home.tensor for key, home in found.items()}
+
+    def batch(self, batch: Sequence[tuple[str, Expr]]) -> dict[str, torch.Tensor]:
+        """Tensors of one batch of `_batches`; what `finish` has yet to read is not in them."""
+        if len(batch) == 1 and type(batch[0][1]) is not Read:
+            key, expr = batch[0]
+            return {key: self._begun(expr)}
+        reads = [(key, expr.of if type(expr) is Cast else expr) for key, expr in batch]
+        routes: dict[str, Route] = {key: "slab" if len(batch) > 1 else "read" for key, _ in batch}
+        found = read_plain(cast(list[tuple[str, Read]], reads), self.files, routes, self._routes.threads)
+        for key, expr in batch:
+            if type(expr) is Cast:
+                found[key] = found[key].to(torch_dtype(expr.dtype))
+        return found
+
+    def tensor(self, expr: Expr, through: torch.device | None = None) -> torch.Tensor:
+        """A fresh contiguous tensor, complete: on the CPU, or through the ring on a device."""
+        inner = Evaluator(self.files, self.live, self._routes)
+        inner._rings = self._rings
+        result = inner._begun(expr) if through is None else inner.staged([("", expr)], through)[""]
+        inner.finish()
+        return result
+
+    def _begun(self, expr: Expr) -> torch.Tensor:
+        """A fresh contiguous CPU tensor; what it takes from files comes with `finish`."""
+        spec = spec_of(expr)
+        shape, kind = torch_shape(spec), torch_dtype(spec.dtype)
+        if spec.nbytes < SMALL:
+            result = torch.empty(shape, dtype=kind, device="cpu")
+        else:
+            result = tensor_at(memory(spec.nbytes), 0, kind, shape)
+        self.write(expr, result)
+        return result
+
+    def finish(self) -> None:
+        """Read what was noted."""
+        pieces, self._pieces = self._pieces, {}
+        boxes, self._boxes = self._boxes, []
+        if boxes:
+            self._compute(boxes)
+        parts, self._parts = self._parts, []
+        for found in pieces.values():
+            found.sort(key=itemgetter(0))
+        perform((job for ref, found in pieces.items() for job in jobs(self.files[ref], found)), self._routes.threads)
+        if parts:
+            from funcmodel.run.buffers import pass_through
+
+            routes = self._routes
+            pass_through(parts, threads=routes.threads, buffers=routes.buffers, nbytes=routes.buffer or BUFFER)
+        for device, passing in self._passing.items():
+            if passing:
+                self._passing[device] = []
+                self._ring(device).run(passing)
+
+    def _ring(self, device: torch.device) -> "Ring":
+        from funcmodel.run.ring import ring_to
+
+        found = self._rings.get(device)
+        if found is None:
+            found = self._rings[device] = ring_to(device, self._routes)
+        return found
+
+    def write(self, expr: Expr, to: torch.Tensor, casts: tuple[DType, ...] = (), *, staged: bool = False) -> None:
+        """Write `expr`, cast by `casts` one after the other, into a tensor of its shape.
+
+        Args:
+            expr: what to write.
+            to: where.
+            casts: what happens to it on the way.
+            staged: whether everything that is read passes through the ring, as all must that goes to another device.
+        """
+        written = 0
+        spec = spec_of(expr)
+        for copy in lowered(expr):
+            destination = part(to, copy.to, spec)
+            self._write_chain(copy.of, destination, casts, staged)
+            written += destination.numel()
+        if written != to.numel():
+            raise PlanError(f"the copies of {type(expr).__name__} write {written} of {to.numel()} elements")
+
+    def _write_chain(self, expr: Expr, to: torch.Tensor, casts: tuple[DType, ...], staged: bool) -> None:
+        """A chain without joins: casts are collected, permutations and picks move to the destination's side."""
+        picks: list[tuple[int, ...] | None] = [None] * to.ndim
+        while True:
+            match expr:
+                case Cast(of, dtype):
+                    casts = (dtype, *casts)
+                case Permute(of, dims):
+                    if spec_of(of).dtype.pack > 1 and dims[-1] != len(dims) - 1:
+                        raise PlanError(f"{spec_of(of)!r} packs elements along its last axis, which cannot be moved")
+                    order = sorted(range(len(dims)), key=dims.__getitem__)
+                    to = to.permute(order)
+                    picks = [picks[i] for i in order]
+                case Take(of, dim, indices):
+                    old = picks[dim]
+                    picks[dim] = indices if old is None else tuple(indices[i] for i in old)
+                case _:
+                    break
+            expr = of
+        leaf = expr.of if type(expr) is Index else expr
+        spec = spec_of(leaf)
+        at = expr.at if type(expr) is Index else tuple((0, n) for n in spec.shape)
+        box = box_of(spec, at, picks)
+        for axis, chosen in enumerate(at):
+            if isinstance(chosen, int):
+                to = to.unsqueeze(axis)
+        self._write_leaf(leaf, box, to, casts, staged)
+
+    def _write_leaf(self, leaf: Expr, box: Box, to: torch.Tensor, casts: tuple[DType, ...], staged: bool) -> None:
+        match leaf:
+            case Read():
+                self._write_read(leaf, box, to, casts, staged)
+            case Live():
+                move_box(self.live[leaf.key].detach(), box, to, casts)
+            case Full():
+                from funcmodel.run.draws import write_full
+
+                write_full(leaf, to, casts)
+            case Noise():
+                from funcmodel.run.draws import write_noise
+
+                write_noise(leaf, box, to, casts)
+            case Reshape(of):
+                inner = torch_shape(spec_of(of))
+                if box == whole(torch_shape(spec_of(leaf))) and to.is_contiguous():
+                    self.write(of, to.view(inner), casts, staged=staged)
+                else:
+                    made = self.tensor(of, self._place(leaf, to, casts, staged))
+                    move_box(made.view(torch_shape(spec_of(leaf))), box, to, casts)
+            case Call():
+                move_box(self._called(leaf), box, to, casts)
+            case _:
+                move_box(self.tensor(leaf, self._place(leaf, to, casts, staged)), box, to, casts)
+
+    def _place(self, leaf: Expr, to: torch.Tensor, casts: tuple[DType, ...], staged: bool) -> torch.device | None:
+        """Where to compute what cannot be read where it is wanted: there, if what follows gives the CPU's bits."""
+        if not staged:
+            return None
+        from funcmodel.run.passages import exact
+
+        return to.device if to.is_cpu or exact(spec_of(leaf).dtype, casts) else None
+
+    def _called(self, call: Call) -> torch.Tensor:
+        args = [self.tensor(arg) for arg in call.args]
+        with torch.no_grad():
+            result = function(call.fn, call.fn)(*args, **call.static)
+        if not isinstance(result, torch.Tensor) or result.device.type == "meta" or tensor_spec(result) != call.spec:
+            found = tensor_spec(result) if isinstance(result, torch.Tensor) else type(result).__name__
+            raise ShapeError(
+                f"{call.fn} returned {found!r}, the plan declares {call.spec!r}; correct one of the two",
+                key=call.fn,
+                expected=call.spec,
+                found=found,
+            )
+        return result.detach().cpu()
+
+    def _write_read(self, read: Read, box: Box, to: torch.Tensor, casts: tuple[DType, ...], staged: bool) -> None:
+        shape, kind = torch_shape(read.spec), torch_dtype(read.spec.dtype)
+        if staged:
+            from funcmodel.run.passages import passages
+
+            most, cells = self._ring(to.device).room
+            waiting = self._passing.setdefault(to.device, [])
+            waiting += passages(self.files[read.file], read.offset, shape, kind, box, to, casts, most=most, cells=cells)
+            return
+        boxed = _Boxed(read, shape, kind, box, to, casts)
+        mapped = read.file.path in self._mapped and not read.offset % kind.itemsize
+        if casts or not to.is_contiguous() or (mapped and scattered(shape, kind.itemsize, box)):
+            in_place = False
+        else:
+            in_place = widened(shape, kind.itemsize, box) == box
+        if in_place:
+            if to.numel():
+                pieces = self._pieces.setdefault(read.file, [])
+                pieces.extend(_into(byte_view(to), read.offset, ranges(shape, kind.itemsize, box)))
+        elif mapped:
+            self._boxes.append(boxed)
+        else:
+            self._pass(boxed)
+
+    def _pass(self, boxed: "_Boxed") -> None:
+        """Note what is to pass through the buffers."""
+        from funcmodel.run.buffers import Part
+
+        read, shape, kind, box, to, casts = boxed
+        source = self.files[read.file]
+        self._parts += [
+            Part(source, read.offset, shape, kind, box_part, wide, placed(to, place), casts)
+            for box_part, wide, place in chunks(shape, kind.itemsize, box)
+        ]
+
+    def _compute(self, boxes: "list[_Boxed]") -> None:
+        """Take boxes out of the mappings of their files, without a copy in between, while nobody can change these.
+
+        What cannot be taken passes through the buffers, also where a part of it was taken already.
+        """
+        from funcmodel.run.mapped import held
+
+        with held() as files:
+            for boxed in boxes:
+                read, shape, kind, box, to, casts = boxed
+                file = plain_file(self.files[read.file])
+                for chunk, _, place in chunks(shape, kind.itemsize, box, _PIECE):
+                    pages = None if file is None else files.bytes_of(file)
+                    if pages is None:
+                        self._pass(boxed)
+                        break
+                    move_box(tensor_at(pages, read.offset, kind, shape), chunk, placed(to, place), casts)
+
+
+def _into(where: memoryview, base: int, runs: Iterable[tuple[int, int]]) -> Iterator[Piece]:
+    at = 0
+    for first, size in runs:
+        yield base + first, where[at : at + size]
+        at += size

@@ -1,0 +1,96 @@
+"""Fresh memory on the CPU, and tensors on it."""
+
+import mmap
+import os
+from types import MappingProxyType
+from typing import Final
+
+import numpy as np
+import torch
+
+from funcmodel.errors import NoMemoryError
+
+ALIGNED: Final = 64
+_PAGES: Final = 64 << 10  # from here on
+_HEAP: Final = 4 << 20  # up to here memory is made of pages of its own
+# Faults on 4 KiB pages cost more than the copy from the page cache; Linux grants 2 MiB pages where it is asked.
+_ADVICE: Final[int | None] = getattr(mmap, "MADV_HUGEPAGE", None)
+_HUGE: Final = 2 << 20
+_HARMLESS: Final = 1 << 30  # less than this is not compared with what the machine has
+_SHARED: Final = (
+    *("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"),
+    *("float16", "float32", "float64", "complex64", "complex128"),
+)
+# torch's dtype to numpy's; the types that numpy lacks are carried by integers of their size.
+_NATIVE: Final = MappingProxyType({getattr(torch, name): np.dtype(name) for name in _SHARED if hasattr(torch, name)})
+_CARRIER: Final = MappingProxyType({size: np.dtype(f"uint{8 * size}") for size in (1, 2, 4, 8)})
+
+
+def memory(nbytes: int) -> memoryview:
+    """Fresh writable memory that starts at a multiple of 64 and lives as long as a view of it does; not zeroed.
+
+    Raises:
+        NoMemoryError: the machine has not so much.
+    """
+    try:
+        if _PAGES <= nbytes <= _HEAP:
+            return memoryview(_pages(nbytes))
+        # numpy asks for pages of 2 MiB from 4 MiB on, as we do below. It takes from the heap, whose pages a process
+        # that loads once more need not fault in again; smaller blocks there would keep the heap from shrinking.
+        spare = np.empty(nbytes + ALIGNED, np.uint8)
+    except (MemoryError, ValueError, OSError) as error:
+        raise _no_memory(nbytes, None) from error
+    start = -spare.__array_interface__["data"][0] % ALIGNED
+    return spare.data[start : start + nbytes]
+
+
+def _pages(nbytes: int) -> mmap.mmap:
+    """Memory that goes back to the system the moment it is let go of."""
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if _ADVICE is not None and nbytes >= _HUGE:
+        pages.madvise(_ADVICE)
+    return pages
+
+
+def require_memory(nbytes: int) -> None:
+    """Refuse what no other program's end could make room for. The system itself may promise it, and kill later.
+
+    Args:
+        nbytes: of all tensors that will be alive at once.
+
+    Raises:
+        NoMemoryError: it is more than the machine has.
+    """
+    if nbytes < _HARMLESS:
+        return
+    try:
+        has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        with open("/proc/meminfo", encoding="ascii") as file:
+            has += sum(int(line.split()[1]) << 10 for line in file if line.startswith("SwapTotal:"))
+    except (OSError, ValueError, AttributeError):
+        return  # this system does not say
+    if nbytes > has:
+        raise _no_memory(nbytes, has)
+
+
+def _no_memory(nbytes: int, has: int | None) -> NoMemoryError:
+    found = "" if has is None else f", the machine has {has}"
+    return NoMemoryError(
+        f"{nbytes} bytes of tensors do not fit into memory{found}; take fewer keys, or stream them",
+        needed=nbytes,
+        available=has,
+    )
+
+
+def tensor_at(where: memoryview, start: int, kind: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor on bytes of `where`. Its storage is its own: exact in size, with its own version counter.
+
+    A view of one large tensor would do neither: an in-place change of a neighbor would count as a change of it.
+    """
+    if 0 in shape:
+        return torch.empty(shape, dtype=kind, device="cpu")
+    # By numpy, because torch.frombuffer makes one axis only and the view that gives it others costs twice as much.
+    native = _NATIVE.get(kind)
+    if native is not None:
+        return torch.from_numpy(np.ndarray(shape, native, where, start))
+    return torch.from_numpy(np.ndarray(shape, _CARRIER[kind.itemsize], where, start)).view(kind)

@@ -1,0 +1,150 @@
+"""Reads past the page cache: the same bytes, from any place, in any pieces, and through it where nothing else goes."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import funcmodel as fm
+from funcmodel.core import build
+from funcmodel.errors import ChangedError
+from funcmodel.plan.routing import LARGE
+from funcmodel.run.direct import DirectFile
+from funcmodel.run.files import open_regular
+from tests.test_machine import can_count, evict, resident
+
+BLOCK = 4096
+SIZE = (12 << 20) + 1234  # longer than a thread's buffer, and no multiple of a block
+EDGES = [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 8 << 20, (8 << 20) - 1, SIZE - 1, SIZE - 1234, SIZE - BLOCK, SIZE]
+few = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(scope="module")
+def content() -> bytes:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (SIZE,), dtype=torch.uint8, generator=generator).numpy().tobytes()
+
+
+@pytest.fixture(scope="module")
+def path(content: bytes) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder, "bytes")
+        found.write_bytes(content)
+        yield found
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def is_direct(path: Path) -> bool:
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
+    except OSError:
+        return False
+    return True
+
+
+@st.composite
+def spans(draw: st.DrawFn) -> tuple[int, list[int]]:
+    """Where to begin, and how long the pieces are, together mostly long enough to be read past the cache."""
+    near = st.builds(lambda edge, by: min(max(edge + by, 0), SIZE), st.sampled_from(EDGES), st.integers(-3, 3))
+    start, stop = sorted([draw(near | st.integers(0, SIZE)), draw(near | st.integers(0, SIZE))])
+    cuts = sorted(draw(st.lists(st.integers(start, stop) | near, max_size=4)))
+    inner = [min(max(cut, start), stop) for cut in cuts]
+    return start, [b - a for a, b in pairwise([start, *inner, stop])]
+
+
+@few
+@given(span=spans(), unaligned=st.integers(0, 65))
+def test_any_bytes_into_any_pieces(path: Path, content: bytes, span: tuple[int, list[int]], unaligned: int) -> None:
+    """readv_into(buffers, o) leaves bytes[o : o + len] in them, whatever the alignment, and nothing beside."""
+    start, sizes = span
+    room = bytearray(b"\xee" * (unaligned + sum(sizes) + 9))
+    whole = memoryview(room)[unaligned : unaligned + sum(sizes)]
+    buffers, at = [], 0
+    for size in sizes:
+        buffers.append(whole[at : at + size])
+        at += size
+    with open_regular(path) as file, DirectFile(file) as direct:
+        direct.readv_into(buffers, start)
+    assert whole == content[start : start + len(whole)]
+    assert room[:unaligned] == b"\xee" * unaligned
+    assert room[unaligned + len(whole) :] == b"\xee" * 9
+
+
+def test_what_is_read_does_not_stay_in_the_page_cache(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "bytes"
+    path.write_bytes(content)
+    if not is_direct(path) or not can_count():
+        pytest.skip("this file system reads through its cache only, or nobody counts what is in it")
+    evict(path)
+    if resident(path):
+        pytest.skip("this file system keeps what it has")
+    buffer = bytearray(SIZE)
+    with open_regular(path) as file, DirectFile(file) as direct:
+        direct.readv_into([memoryview(buffer)], 0)
+    assert buffer == content
+    assert resident(path) == 0
+
+
+def test_files_in_memory_are_read_like_any_other(content: bytes) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+        path = Path(folder, "bytes")
+        path.write_bytes(content)
+        buffer = bytearray(SIZE - 5)
+        with open_regular(path) as file, DirectFile(file) as direct:
+            direct.readv_into([memoryview(buffer)], 5)
+    assert buffer == content[5:]
+
+
+def test_the_descriptor_is_closed_whatever_happens(path: Path) -> None:
+    before = descriptors()
+    with open_regular(path) as file:
+        with DirectFile(file):
+            assert descriptors() == before + 1 + is_direct(path)
+        assert descriptors() == before + 1
+        with pytest.raises(ZeroDivisionError), DirectFile(file):
+            raise ZeroDivisionError
+        assert descriptors() == before + 1
+    assert descriptors() == before
+
+
+@pytest.mark.parametrize("left", [0, 1, BLOCK, BLOCK + 1, (8 << 20) + 7, SIZE - 1])
+def test_a_file_that_shrinks_is_an_error(tmp_path: Path, content: bytes, left: int) -> None:
+    path = tmp_path / "bytes"
+    path.write_bytes(content)
+    with open_regular(path) as file, DirectFile(file) as direct:
+        os.truncate(path, left)
+        with pytest.raises(ChangedError) as caught:
+            direct.readv_into([memoryview(bytearray(SIZE))], 0)
+    assert (caught.value.path, caught.value.expected, caught.value.found) == (str(path), SIZE, left)
+
+
+def test_a_cold_checkpoint_is_what_safetensors_reads(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"small{i}": torch.randn(i + 1, generator=generator) for i in range(50)}
+    tensors["big"] = torch.randn(LARGE // 8, 2, generator=generator)
+    tensors["odd"] = torch.randint(0, 256, (3_000_001,), dtype=torch.uint8, generator=generator)
+    save_file(tensors, tmp_path / "m.safetensors")
+    expected = load_file(tmp_path / "m.safetensors")
+    plan = fm.scan(tmp_path / "m.safetensors")
+    wanted = {**plan, "half": build.cast(plan["big"], "bfloat16"), "turned": build.transpose(plan["big"])}
+    evict(tmp_path / "m.safetensors")
+    into = {key: torch.empty_like(expected[key]) for key in plan}
+    before = descriptors()
+    found = fm.materialize(wanted)
+    fm.fill(dict(plan), into)
+    assert descriptors() == before
+    for key, tensor in expected.items():
+        assert torch.equal(found[key], tensor)
+        assert torch.equal(into[key], tensor)
+    assert torch.equal(found["half"], expected["big"].bfloat16())
+    assert torch.equal(found["turned"], expected["big"].t())
