@@ -170,7 +170,7 @@ def fresh(world: World) -> Case:
             child(peer, "load_file(cuda)", "load_file"),
             child(peer, "transformers", "transformers"),
             child(peer, "fastsafetensors", "fastsafetensors"),
-            child(peer, "runai-model-streamer", "runai"),
+            child(peer, "runai-model-streamer", "runai_model_streamer"),
         ],
         count=world.shape.tensors(),
     )

@@ -8,6 +8,7 @@ engine must show, then every contender of every case. A peer that is missing or 
 import argparse
 import json
 import shlex
+import signal
 import sys
 import tempfile
 import warnings
@@ -78,6 +79,7 @@ def _not_measured(name: str, chosen: argparse.Namespace) -> str | None:
 def main(arguments: Sequence[str]) -> int:
     chosen = options(arguments)
     peers.LEFT_OUT.update(chosen.without)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or gigabytes of checkpoints would stay behind
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of peers, about themselves
         report = measured(chosen)

@@ -59,7 +59,7 @@ HOW: dict[str, Callable[[Path, str], Callable[[], Any]]] = {
     "load_file": _load_file,
     "transformers": _transformers,
     "fastsafetensors": _fastsafetensors,
-    "runai": _runai,
+    "runai_model_streamer": _runai,
 }
 
 

@@ -1,6 +1,6 @@
 """How a case is measured: interleaved contenders, a control around every sample, memory in a pass of its own.
 
-Each repetition runs every contender once, in rotating order, in one process. A copy of 32 MiB by all cores, the
+Each repetition runs every contender once, in rotating order, in one process. A copy of 16 MiB by all cores, the
 control, runs before and after each sample: where it took more than 20 % longer than usual in this case, something else
 used the machine and the sample is flagged; flagged samples count only where most of a contender's samples are flagged.
 
@@ -31,7 +31,7 @@ from tests.benchmarks import frozen_heap
 Kind = Literal["ours", "limit", "peer", "part"]
 
 MOVED = 1.2  # a control that took this much longer than usual flags its neighbors
-CONTROL = 32 << 20
+CONTROL = 16 << 20
 LARGE = 100 << 20  # in cases below this a collection of garbage would outweigh what is measured
 
 

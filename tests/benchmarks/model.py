@@ -1,7 +1,7 @@
 """What is loaded and saved: a Llama of plain torch modules, its files, and the same network as transformers sees it.
 
 At 1 GB it has the 75 tensors of 8 layers (hidden 2048, intermediate 5632, 16 heads of which 8 for keys and values,
-vocabulary 32,000), 1.02 GB in bfloat16. Larger sizes have more layers, smaller ones narrower layers.
+vocabulary 32,000), 1.02 GB in bfloat16. Larger sizes have more layers, smaller ones narrower layers, a rehearsal fewer.
 """
 
 import json
@@ -19,6 +19,7 @@ from torch import nn
 
 Tensors = dict[str, torch.Tensor]
 HEADS, KV_HEADS = 16, 8
+REHEARSAL = 0.1  # a model up to this size only shows that everything works
 SMALL_ROWS, SMALL_COLUMNS = 32, 32  # 2 KiB of bfloat16
 SMALL_LAYERS = 10
 
@@ -39,7 +40,7 @@ class Shape:
         def scaled(full: int, step: int) -> int:
             return max(step, round(full * narrow / step) * step)
 
-        layers = max(8, round(8 * gigabytes)) if gigabytes > 1 else 8
+        layers = max(8, round(8 * gigabytes)) if gigabytes > REHEARSAL else 2
         return cls(scaled(2048, 32), scaled(5632, 64), layers, scaled(32_000, 64))
 
     def tensors(self) -> int:
