@@ -259,7 +259,7 @@ def how_to_look(exprs: Iterable[Expr], memory: Memory, route: Wanted) -> dict[st
     """The arguments for `machine` of who wants it for these routes."""
     asked = memory == "borrow" or route is not None
     everything_maps = memory == "borrow" and route is None and all(type(expr) is Read for expr in exprs)
-    return {"smallest": 0 if asked else LARGE, "sampled": not everything_maps}
+    return {"smallest": 0 if asked else LARGE, "look": "at file systems" if everything_maps else "at everything"}
 
 
 def stored_files(exprs: Iterable[Expr]) -> list[FileRef]:

@@ -5,8 +5,9 @@ import os
 import re
 from collections.abc import Iterable
 from time import monotonic_ns
-from typing import Final
+from typing import Final, Literal, TypeAlias, get_args
 
+from funcmodel.core.limits import check_choice
 from funcmodel.errors import FuncmodelError
 from funcmodel.plan.routing import HOT, LARGE
 from funcmodel.records.expressions import FileRef
@@ -14,6 +15,8 @@ from funcmodel.records.mapping import FrozenMap
 from funcmodel.records.routes import Machine, Storage
 from funcmodel.run.files import READ, SourceFile, open_regular
 from funcmodel.run.formats import FORMATS, Format, format_named
+
+Look: TypeAlias = Literal["at everything", "at file systems"]
 
 _MOST_THREADS: Final = 8  # more of them only wait for one another
 _SAMPLES: Final = 32
@@ -26,6 +29,7 @@ _FILE_PAGES: Final = ("active_file", "inactive_file")
 _ESCAPED: Final = re.compile(r"\\([0-7]{3})")
 _DIRECT: Final[int | None] = getattr(os, "O_DIRECT", None)
 _NOWAIT: Final[int | None] = getattr(os, "RWF_NOWAIT", None)
+_RANDOM: Final[int | None] = getattr(os, "POSIX_FADV_RANDOM", None)
 # Where a page of a mapping comes from this machine's own disk or memory.
 _LOCAL: Final = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "zfs", "overlay", "tmpfs", "ramfs", "erofs"})
 _IN_MEMORY: Final = frozenset({"tmpfs", "ramfs"})
@@ -36,7 +40,7 @@ def machine(
     *,
     formats: tuple[Format, ...] = FORMATS,
     smallest: int = LARGE,
-    sampled: bool = True,
+    look: Look = "at everything",
 ) -> Machine:
     """What choosing routes needs to know.
 
@@ -44,21 +48,22 @@ def machine(
         refs: the files of a plan.
         formats: the formats that they may have.
         smallest: files of fewer bytes are not looked at; they are read the same way whatever they lie on.
-        sampled: whether to find out how much of each file is in the page cache, and how much memory is left. Who maps
-            everything need not know.
+        look: "at everything", or only "at file systems": not at how much of each file is in the page cache, nor at how
+            much memory is left, which who maps everything need not know.
 
     Example:
         >>> machine().threads >= 1
         True
     """
+    check_choice("look", look, get_args(Look))
     wanted = {ref.path: ref for ref in refs if ref.nbytes >= smallest}
     if not wanted:
         return Machine(threads=min(_MOST_THREADS, _processors()))
     mounts = _text("/proc/self/mountinfo")
-    storage = {path: _storage(ref, formats, mounts, sampled) for path, ref in wanted.items()}
+    storage = {path: _storage(ref, formats, mounts, look) for path, ref in wanted.items()}
     cold = any(found.cached < HOT for found in storage.values())
     return Machine(
-        threads=threads() if sampled else min(_MOST_THREADS, _processors()),
+        threads=threads() if look == "at everything" else min(_MOST_THREADS, _processors()),
         available=available() if cold else None,
         storage=FrozenMap(storage),
     )
@@ -199,17 +204,17 @@ def _kind(file: SourceFile, mounts: str) -> str:
     return table[folder]
 
 
-def _storage(ref: FileRef, formats: tuple[Format, ...], mounts: str, sampled: bool) -> Storage:
+def _storage(ref: FileRef, formats: tuple[Format, ...], mounts: str, look: Look) -> Storage:
     try:
         format_ = format_named(ref.format, formats, path=ref.path)
         with open_regular(ref.path) as file:
             kind = _kind(file, mounts)
-            look = sampled and kind not in _IN_MEMORY
+            sampled = look == "at everything" and kind not in _IN_MEMORY
             return Storage(
                 kind=kind,
                 mappable=format_.read is None and format_.decode is None and kind in _LOCAL,
-                cached=_cached(file) if look else 1.0,
-                direct=look and _direct(file),
+                cached=_cached(file) if sampled else 1.0,
+                direct=sampled and _direct(file),
             )
     except (FuncmodelError, OSError):
         return Storage()  # opening it in earnest will say what is wrong
@@ -220,6 +225,8 @@ def _cached(file: SourceFile) -> float:
     if _NOWAIT is None or not file.nbytes:
         return 1.0
     byte = bytearray(1)
+    if _RANDOM is not None:
+        os.posix_fadvise(file.fd, 0, 0, _RANDOM)  # what is fetched all the same is one page, and no more behind it
     missing, before = 0, fetched(_text(_OWN_READS))
     shift = monotonic_ns() % _SHIFTS  # a page that was not there may be on its way now, so the next look is at others
     for i in range(_SAMPLES):

@@ -1,4 +1,4 @@
-"""The cases of loading on the CPU; those of saving are in `saving_cases`, those of CUDA in `cuda`."""
+"""The cases of loading on the CPU; those of saving are in `saving_cases`, those of CUDA in `gpu_cases`."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

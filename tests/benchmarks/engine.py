@@ -1,8 +1,8 @@
 """The engine against the limits of the machine and against its peers: `python -m tests.benchmarks engine`.
 
 One process measures, interleaved: what the machine can do (`limits`), how others load and save (`peers`), and funcmodel
-(`ours`), in the cases of `cases`, `saving_cases` and, with `--cuda`, `cuda`. It prints Markdown: the table of what the
-engine must show, then every contender of every case. A peer that is missing or fails is a row with the reason.
+(`ours`), in the cases of `cases`, `saving_cases` and, with `--cuda`, `gpu_cases`. It prints Markdown: the table of what
+the engine must show, then every contender of every case. A peer that is missing or fails is a row with the reason.
 """
 
 import argparse
@@ -16,13 +16,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks import cases, cuda, peers, saving_cases
+from tests.benchmarks import cases, gpu_cases, peers, saving_cases
 from tests.benchmarks.measure import Case, Control, Result, Sampler, run, warm
 from tests.benchmarks.model import Shape, World
 from tests.benchmarks.report import case_json, machine, markdown
 from tests.benchmarks.targets import judged, targets
 
-CASES: Mapping[str, Callable[[World], Case]] = {**cases.CASES, **saving_cases.CASES, **cuda.CASES}
+CASES: Mapping[str, Callable[[World], Case]] = {**cases.CASES, **saving_cases.CASES, **gpu_cases.CASES}
 WARM = 6  # times the model: about what a run holds at once
 
 
@@ -71,9 +71,9 @@ def measured(chosen: argparse.Namespace) -> dict[str, Any]:
 
 
 def _not_measured(name: str, chosen: argparse.Namespace) -> str | None:
-    if name not in cuda.CASES:
+    if name not in gpu_cases.CASES:
         return None
-    return cuda.available() if chosen.cuda else "not measured: --cuda was not given"
+    return gpu_cases.available() if chosen.cuda else "not measured: --cuda was not given"
 
 
 def main(arguments: Sequence[str]) -> int:
