@@ -37,7 +37,7 @@ def spec_of(expr: Expr) -> TensorSpec:
         >>> spec_of(Cast(Stack((x, x), 1), "bfloat16"))
         [2, 2, 3] bfloat16
     """
-    if expr.__class__ is Read or isinstance(expr, Read | Live | Full | Noise | Call):
+    if expr.__class__ is Read or expr.__class__ is Live or isinstance(expr, Full | Noise | Call):
         return expr.spec
     return TensorSpec(shape_of(expr), dtype_of(expr))
 

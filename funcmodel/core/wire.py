@@ -5,7 +5,7 @@ the start of the data; those in records count from the start of the file.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 from typing import Any, Final
 
@@ -17,6 +17,7 @@ from funcmodel.core.limits import LIMITS, name_error
 from funcmodel.core.limits import Limits as Limits
 from funcmodel.errors import PlanError
 from funcmodel.records.checkpoint import FileSpec
+from funcmodel.records.dtypes import DType
 from funcmodel.records.mapping import FrozenMap
 from funcmodel.records.tensors import TensorSpec
 
@@ -148,16 +149,22 @@ def render_header(
         >>> len(data), dict(at)
         (4096, {'w': 4096, 'b': 4104})
     """
-    header: dict[str, Any] = {_METADATA: dict(sorted(metadata.items()))} if metadata else {}
+    kinds: dict[tuple[tuple[int, ...], DType], tuple[str, int]] = {}
+    parts: list[str] = []
     starts: dict[str, int] = {}
     end = 0
-    for name, spec in entries.items():
-        size = _writable(name, spec, limits)
+    for (name, spec), quoted in zip(entries.items(), _quoted(entries, limits), strict=True):
+        known = kinds.get((spec.shape, spec.dtype))
+        if known is None:
+            known = kinds[spec.shape, spec.dtype] = _writable(name, spec, limits)
+        text, size = known
         starts[name] = end
-        header[name] = {"dtype": spec.dtype.safetensors, "shape": spec.shape, "data_offsets": (end, end + size)}
+        parts.append(f"{quoted}:{text}[{end},{end + size}]}}")
         end += size
+    if metadata:
+        parts.insert(0, f"{_json(_METADATA)}:{_json(dict(sorted(metadata.items())))}")
     try:
-        body = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+        body = f"{{{','.join(parts)}}}".encode()
     except UnicodeEncodeError as error:
         raise PlanError("metadata holds half a character (a lone surrogate), which UTF-8 cannot hold") from error
     base = -(-(8 + len(body)) // align) * align
@@ -169,20 +176,39 @@ def render_header(
     return data, FrozenMap({name: base + start for name, start in starts.items()})
 
 
-def _writable(name: str, spec: TensorSpec, limits: Limits) -> int:
-    """The size of a tensor in bytes, if the format can hold it."""
-    found = ("NAME_RESERVED", "the format reserves this name") if name == _METADATA else None
-    if not (name.isascii() and name.isprintable() and 0 < len(name) <= limits.name_chars):
-        found = found or name_error(name, limits)
-    if found is None and spec.dtype.safetensors is None:
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _quoted(names: Iterable[str], limits: Limits) -> Iterable[str]:
+    """Names as JSON, if the format can hold them. There may be 100,000, so they are looked at together first."""
+    together = "".join(names)
+    plain = together.isascii() and together.isprintable() and '"' not in together and "\\" not in together
+    for name in names:
+        if not (plain and 0 < len(name) <= limits.name_chars) or name == _METADATA:
+            found = ("NAME_RESERVED", "the format reserves this name") if name == _METADATA else None
+            found = found or name_error(name, limits)
+            if found is not None:
+                raise _unwritable(name, *found)
+        yield f'"{name}"' if plain else _json(name)
+
+
+def _writable(name: str, spec: TensorSpec, limits: Limits) -> tuple[str, int]:
+    """A header's entry up to its offsets, and the size in bytes, if the format can hold such a tensor."""
+    found = None
+    if spec.dtype.safetensors is None:
         found = "DTYPE", f"safetensors has no dtype for {spec.dtype.name}; cast it first"
-    if found is None and spec.ndim > limits.ndim:
+    elif spec.ndim > limits.ndim:
         found = "NDIM", f"{spec.ndim} dimensions, readers take at most {limits.ndim}"
-    if found is None and spec.dtype.bits % 8 and spec.numel * spec.dtype.bits % 8:
+    elif spec.dtype.bits % 8 and spec.numel * spec.dtype.bits % 8:
         found = "SUBBYTE_ALIGN", f"{spec.numel} elements of {spec.dtype.bits} bits end inside a byte"
     if found is not None:
-        raise PlanError(f"tensor {name[:80]!r} cannot be stored: {found[1]}", keys=(name,), code=found[0])
-    return spec.nbytes
+        raise _unwritable(name, *found)
+    return f'{{"dtype":"{spec.dtype.safetensors}","shape":{_json(spec.shape)},"data_offsets":', spec.nbytes
+
+
+def _unwritable(name: str, code: str, found: str) -> PlanError:
+    return PlanError(f"tensor {name[:80]!r} cannot be stored: {found}", keys=(name,), code=code)
 
 
 # -- digests in the metadata -------------------------------------------------------------------------------------------

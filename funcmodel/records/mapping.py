@@ -32,7 +32,8 @@ class FrozenMap(Mapping[K, V]):
     @overload
     def __init__(self: "FrozenMap[str, W]", entries: Mapping[str, W] = ..., /, **named: W) -> None: ...
     def __init__(self, entries: Any = (), /, **named: Any) -> None:
-        object.__setattr__(self, "_data", MappingProxyType(dict(entries, **named)))
+        same = type(entries) is FrozenMap and not named  # nobody can change what that one holds
+        object.__setattr__(self, "_data", entries._data if same else MappingProxyType(dict(entries, **named)))
         object.__setattr__(self, "_hash", None)
 
     def __getitem__(self, key: K) -> V:

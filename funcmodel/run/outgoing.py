@@ -2,11 +2,14 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
+from operator import itemgetter
 from typing import Any, Final
 
 import torch
 
+from funcmodel.core.shapes import spec_of
 from funcmodel.records.expressions import Expr, FileRef, Live, Read
+from funcmodel.records.tensors import TensorSpec
 from funcmodel.run.checks import LiveTensors, check_plan
 from funcmodel.run.engine import Source
 from funcmodel.run.evaluate import stream
@@ -27,20 +30,23 @@ class Outgoing:
     def __init__(
         self, entries: Mapping[str, Expr], live: LiveTensors, formats: tuple[Format, ...], digest: Digest
     ) -> None:
-        self._computed = {key: expr for key, expr in entries.items() if not isinstance(expr, Read | Live)}
+        self._computed: dict[str, Expr] = {}
         self._live = live
-        self._leaves: set[str] = set()
         self._formats = formats
         self._digest = digest
-        self.refs = {id(ref): ref for ref in check_plan(self._computed, live)}
+        self.refs: dict[int, FileRef] = {}
+        leaves: list[Live] = []
         for key, expr in entries.items():
-            if isinstance(expr, Read):
+            if type(expr) is Live:
+                leaves.append(expr)
+            elif type(expr) is Read:
                 if not 0 <= expr.offset <= expr.file.nbytes - expr.spec.nbytes:
                     check_plan({key: expr}, live)
                 self.refs[id(expr.file)] = expr.file
-            elif isinstance(expr, Live):
-                self._leaves.add(expr.key)
-                _check_live(expr, live)
+            else:
+                self._computed[key] = expr
+        self._near = _check_live(leaves, live)
+        self.refs.update((id(ref), ref) for ref in check_plan(self._computed, live))
 
     def computed(self) -> Any:
         """The tensors that are neither stored nor live as they are wanted, in the order of the entries."""
@@ -48,7 +54,7 @@ class Outgoing:
 
     def independent(self) -> bool:
         """Whether any part of it can be had beside any other: nothing is computed, and nothing lies on a device."""
-        return not self._computed and all(self._live[key].is_cpu for key in self._leaves)
+        return self._near and not self._computed
 
     def buffers(
         self,
@@ -57,16 +63,17 @@ class Outgoing:
         values: Iterator[tuple[str, torch.Tensor]],
     ) -> Iterator[list[memoryview]]:
         """The data of a shard, in order. Each batch must be written before the next is asked for."""
-        for kind, run in groupby(entries.items(), key=lambda entry: type(entry[1])):
+        exprs: Any = entries.values()
+        for kind, run in groupby(zip(map(type, exprs), exprs, strict=True), key=itemgetter(0)):
             if kind is Read:
-                yield from _stored((expr for _, expr in run if isinstance(expr, Read)), files)
-            elif kind is Live:
-                leaves = (self._live[expr.key] for _, expr in run if isinstance(expr, Live))
-                for near, some in groupby(leaves, key=lambda tensor: tensor.is_cpu):
-                    passed = _joined if near else _drained
-                    yield from passed(some)
+                yield from _stored((expr for _, expr in run), files)
+            elif kind is not Live:
+                yield from _joined((next(values)[1], spec_of(expr)) for _, expr in run)
             else:
-                yield from _joined(next(values)[1] for _ in run)
+                leaves = ((self._live[expr.key], expr.spec) for _, expr in run)
+                parts = [(True, leaves)] if self._near else groupby(leaves, key=lambda leaf: leaf[0].is_cpu)
+                for near, some in parts:
+                    yield from _joined(some) if near else _drained(tensor for tensor, _ in some)
 
 
 def _stored(reads: Iterable[Read], files: Mapping[FileRef, Source]) -> Iterator[list[memoryview]]:
@@ -87,17 +94,25 @@ def _stored(reads: Iterable[Read], files: Mapping[FileRef, Source]) -> Iterator[
         yield [buffer[:filled]]
 
 
-def _check_live(leaf: Live, live: LiveTensors) -> None:
-    """What `check_plan` checks, with one look at tensors that are as planned: there may be 100,000 of them."""
-    tensor, spec = live.get(leaf.key), leaf.spec
-    if not (
-        isinstance(tensor, torch.Tensor)
-        and tensor.shape == spec.shape
-        and FROM_TORCH.get(tensor.dtype) is spec.dtype
-        and not tensor.is_meta
-        and tensor.layout is torch.strided
-    ):
+def _check_live(leaves: Iterable[Live], live: LiveTensors) -> bool:
+    """What `check_plan` checks, with one look at each tensor that is as planned; whether all lie on the CPU."""
+    near = True
+    for leaf in leaves:  # there may be 100,000
+        tensor, spec = live.get(leaf.key), leaf.spec
+        if (
+            isinstance(tensor, torch.Tensor)
+            and tensor.shape == spec.shape
+            and FROM_TORCH.get(tensor.dtype) is spec.dtype
+            and tensor.layout is torch.strided
+        ):
+            if tensor.is_cpu:
+                continue
+            if not tensor.is_meta:
+                near = False
+                continue
         check_plan({leaf.key: leaf}, live)
+        near = near and live[leaf.key].is_cpu
+    return near
 
 
 def _ranges(reads: Iterable[Read]) -> Iterator[tuple[FileRef, int, int]]:
@@ -113,25 +128,41 @@ def _ranges(reads: Iterable[Read]) -> Iterator[tuple[FileRef, int, int]]:
         yield ref, start, stop
 
 
-def _joined(tensors: Iterable[torch.Tensor]) -> Iterator[list[memoryview]]:
-    """The bytes of tensors: small ones copied together, large ones as they lie in memory."""
+def _joined(tensors: Iterable[tuple[torch.Tensor, TensorSpec]]) -> Iterator[list[memoryview]]:
+    """The bytes of tensors: small ones copied together into one buffer, large ones as they lie in memory."""
     small: list[torch.Tensor] = []
-    size = 0
-    kind = None
-    for tensor in tensors:
-        nbytes = tensor.nbytes
-        fits = nbytes <= _SMALL
-        if small and not (fits and tensor.dtype is kind and size + nbytes <= _SLAB):
-            yield [byte_view(torch.cat(small))]
+    room = torch.empty(_SLAB, dtype=torch.uint8, device="cpu")
+    last: TensorSpec | None = None
+    size = nbytes = 0  # of what waits in `small`, and of one tensor
+    even = True
+    for tensor, spec in tensors:
+        if last is None or spec.shape != last.shape or spec.dtype is not last.dtype:
+            nbytes, even = spec.nbytes, False
+        if small and (size + nbytes > _SLAB or nbytes > _SMALL or last is None or spec.dtype is not last.dtype):
+            yield [_together(small, even, room[:size])]
             small, size = [], 0
-        if fits:
-            small.append(tensor.reshape(-1))
-            size, kind = size + nbytes, tensor.dtype
-        else:
+        if nbytes > _SMALL:
             yield from _pieces(tensor)
+        else:
+            if not small:
+                even = bool(spec.shape)
+            small.append(tensor)
+            size += nbytes
+        last = spec
         del tensor  # or the next one would be made while this one is still held
     if small:
-        yield [byte_view(torch.cat(small))]
+        yield [_together(small, even, room[:size])]
+
+
+def _together(tensors: list[torch.Tensor], even: bool, room: torch.Tensor) -> memoryview:
+    """The bytes of tensors of one dtype, one after the other; those of one shape need not be flattened first."""
+    flat = room.view(tensors[0].dtype)
+    if even:
+        rows, *row = tensors[0].shape
+        torch.cat(tensors, out=flat.view(rows * len(tensors), *row))
+    else:
+        torch.cat([tensor.reshape(-1) for tensor in tensors], out=flat)
+    return byte_view(flat)
 
 
 def _drained(tensors: Iterable[torch.Tensor]) -> Iterator[list[memoryview]]:

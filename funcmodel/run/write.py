@@ -20,7 +20,7 @@ from funcmodel.errors import PlanError, UnsafePathError
 from funcmodel.plan.sharding import SUFFIX, variant_of
 from funcmodel.records.actions import Publish, WriteIndex, WriteShard, WriteText
 from funcmodel.records.checkpoint import CheckpointSpec, FileSpec, IndexSpec, StoredTensor
-from funcmodel.records.expressions import Live, Read
+from funcmodel.records.dtypes import DType
 from funcmodel.records.mapping import FrozenMap
 from funcmodel.records.plans import SavePlan
 from funcmodel.run.crew import Crew
@@ -144,16 +144,21 @@ def _layout(action: WriteShard, formats: tuple[Format, ...], digests: Mapping[st
     format_ = format_of(action.file, formats)
     if format_.write is None:
         raise PlanError(f"{action.file}: files of the format {format_.name!r} are only read")
-    specs = {key: expr.spec if isinstance(expr, Read | Live) else spec_of(expr) for key, expr in action.entries.items()}
+    specs = {key: spec_of(expr) for key, expr in action.entries.items()}
     metadata = action.metadata
     if action.digests != "none":
         metadata = with_digests(metadata, digests or dict.fromkeys(("", *specs), BLANK))
     header, offsets = format_.write(specs, metadata)
+    starts = dict(offsets.items())
     tensors: dict[str, StoredTensor] = {}
+    sizes: dict[tuple[tuple[int, ...], DType], int] = {}
     end = len(header)
     for key, spec in specs.items():
-        start, end = end, end + spec.nbytes
-        if offsets[key] != start:
+        size = sizes.get((spec.shape, spec.dtype))
+        if size is None:
+            size = sizes[spec.shape, spec.dtype] = spec.nbytes
+        start, end = end, end + size
+        if starts[key] != start:
             raise PlanError(f"{action.file}: the format leaves a gap before {key!r}, at byte {start}")
         tensors[key] = StoredTensor(spec, start, end)
     return _Shard(action.file, action, metadata, FrozenMap(tensors), format_.name, header, end)
