@@ -1,6 +1,9 @@
 """`cost` is a promise: what a load reads, holds, borrows and takes at its peak, against what the kernel counts."""
 
+import ctypes
 import json
+import mmap
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -106,3 +109,55 @@ def test_buffers_are_those_of_the_routes(folder):
     staged = fm.routing(plan, fm.Machine(threads=3), on="cuda:0")
     found = fm.cost(plan, on="cuda:0", routes=staged)
     assert found.pinned + found.buffers == staged.buffers * staged.buffer > 0
+
+
+def resident(path):
+    """Bytes of a file that the kernel says are in its page cache."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        pages = mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    where = (ctypes.c_char * size).from_buffer(pages)
+    held = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+    asked = ctypes.CDLL(None, use_errno=True).mincore(ctypes.c_void_p(ctypes.addressof(where)), size, held)
+    del where
+    pages.close()
+    assert asked == 0, os.strerror(ctypes.get_errno())
+    return sum(each & 1 for each in held) * mmap.PAGESIZE
+
+
+def evict(path):
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks the kernel what it caches")
+@pytest.mark.parametrize("direct", [False, True])
+def test_the_page_cache_holds_what_the_cost_says(folder, direct):
+    path = folder / "model.safetensors"
+    evict(path)
+    if resident(path):
+        pytest.skip("this file system keeps its files in memory")
+    file = next(iter(fm.scan(folder).values())).file
+    found = fm.machine({file}, smallest=0).storage[file.path]
+    if direct and not found.direct:
+        pytest.skip("files cannot be read past the page cache here")
+    storage = fm.Storage(kind=found.kind, mappable=found.mappable, cached=0.0, direct=direct)
+    with torch.device("meta"):
+        module = torch.nn.ParameterDict({f"w{i}": torch.nn.Parameter(torch.empty(1024, 4096)) for i in range(4)})
+    plan = fm.checked(fm.plan_load(fm.module_spec(module), fm.scan(folder)))
+    plan = fm.routed(plan, fm.Machine(threads=2, storage={file.path: storage}))
+    assert bool(plan.routing.direct) == direct
+    said = fm.cost(plan).cached
+    fm.apply(plan, module)
+    found = resident(path)
+    assert said == (0 if direct else 64 * MIB)
+    assert abs(found - said) <= MIB  # the header, what is read ahead, and the sample that tells hot from cold
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks the kernel what it caches")
+def test_what_is_written_is_in_the_page_cache(folder, tmp_path):
+    plan = fm.plan_save(fm.scan(folder))
+    fm.apply(plan, tmp_path)
+    read, written = folder / "model.safetensors", tmp_path / "model.safetensors"
+    assert abs(resident(read) + resident(written) - fm.cost(plan).cached) <= MIB

@@ -99,7 +99,10 @@ def test_every_action_is_counted() -> None:
     spec = ModuleSpec(name="Net", params=leaves, modules={"": SubmoduleSpec("Net", "reset_parameters")}, tied=tied)
     plan = plan_load(spec, {"a": stored("a"), "b": stored("b", file=B)}, device_map="cuda:0")
     assert cost(plan) == Cost(
-        read={A.path: 128, B.path: 128}, held={CUDA: 128 + 128 + 32}, peak={CUDA: 288, CPU: 32 + 128}
+        read={A.path: 128, B.path: 128},
+        held={CUDA: 128 + 128 + 32},
+        peak={CUDA: 288, CPU: 32 + 128},
+        cached=128 + 128,
     )
 
 
@@ -117,6 +120,7 @@ def test_a_save_states_what_it_writes_to_the_byte() -> None:
     assert found.peak == {CPU: 128}
     shards = [a.file for a in plan.actions if isinstance(a, WriteShard)]
     assert [found.written[file] for file in shards] == [4096 + 256] * 2
+    assert found.cached == sum(found.read.values()) + sum(found.written.values())
     assert cost(SavePlan()) == Cost()
 
 

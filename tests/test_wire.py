@@ -64,6 +64,20 @@ def test_render_is_deterministic_aligned_and_sorted_by_metadata_name() -> None:
     assert len(render_header(entries, {}, align=8)[0]) % 8 == 0
 
 
+@pytest.mark.parametrize(
+    "names", [["plain", "x.0"], ['a"b', "plain"], ["plain", "a\\b"], ["\u00e4", "\u6f22\u5b57", "\u2028"]]
+)
+def test_a_header_is_the_text_that_json_writes(names: list[str]) -> None:
+    kinds = [F32, TensorSpec([], "bool"), TensorSpec([0, 3], "bfloat16"), F32]
+    entries = dict(zip(names, kinds, strict=False))
+    header, at = render_header(entries, {'"k"': "\u00e4\n"})
+    base, value = len(header), {"__metadata__": {'"k"': "\u00e4\n"}}
+    for name, spec in entries.items():
+        offsets = [at[name] - base, at[name] - base + spec.nbytes]
+        value[name] = {"dtype": spec.dtype.safetensors, "shape": list(spec.shape), "data_offsets": offsets}
+    assert header[8:].rstrip(b" ") == json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if d.safetensors], ids=lambda d: d.name)
 def test_safetensors_reads_every_dtype_that_we_write(dtype: object) -> None:
     spec = TensorSpec([2, 4], dtype)
@@ -95,7 +109,7 @@ def test_safetensors_reads_every_dtype_that_we_write(dtype: object) -> None:
 )
 def test_what_no_reader_would_take_is_not_rendered(name: str, spec: TensorSpec, code: str) -> None:
     with pytest.raises(PlanError) as caught:
-        render_header({name: spec}, {})
+        render_header({"before": TensorSpec([], "bool"), name: spec, "behind": F32}, {})
     assert (caught.value.code, caught.value.keys) == (code, (name,))  # type: ignore[attr-defined]
 
 

@@ -19,7 +19,7 @@ from funcmodel.records.expressions import (
     Stack,
     Take,
 )
-from funcmodel.records.tensors import TensorSpec
+from funcmodel.records.tensors import TensorSpec, shared_spec
 
 
 def spec_of(expr: Expr) -> TensorSpec:
@@ -39,7 +39,7 @@ def spec_of(expr: Expr) -> TensorSpec:
     """
     if expr.__class__ is Read or expr.__class__ is Live or isinstance(expr, Full | Noise | Call):
         return expr.spec
-    return TensorSpec(shape_of(expr), dtype_of(expr))
+    return shared_spec(shape_of(expr), dtype_of(expr))
 
 
 def shape_of(expr: Expr) -> tuple[int, ...]:

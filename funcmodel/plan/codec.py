@@ -135,7 +135,7 @@ _NAMED: Final[MappingProxyType[str, Check]] = MappingProxyType(
 
 
 def _record(cls: type) -> _Record:
-    fields = attrs.fields(cls)
+    fields = [field for field in attrs.fields(cls) if field.init]
     kinds = tuple(field.type for field in fields)
     return _Record(
         cls,

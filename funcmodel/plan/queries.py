@@ -143,7 +143,8 @@ def _cost(
         if size:
             peak[where] = peak.get(where, 0) + size
     peak.pop(DISK, None)
-    return Cost(read=FrozenMap(_read(exprs)), held=FrozenMap(held), peak=FrozenMap(peak))
+    read = _read(exprs)
+    return Cost(read=FrozenMap(read), held=FrozenMap(held), peak=FrozenMap(peak), cached=sum(read.values()))
 
 
 def _read(exprs: Iterable[Expr]) -> dict[str, int]:
@@ -213,7 +214,8 @@ def _with_routes(found: Cost, routes: Routing | None, borrowed: int, changed: Co
     scratch = {where: 2 * readers * routes.buffer for where in changed if where.type != "cpu"}
     peak = {where: found.peak.get(where, 0) + scratch.get(where, 0) for where in (*found.peak, *scratch)}
     buffers, pinned = (0, size) if routes.pinned else (size, 0)
-    return evolve(found, peak=FrozenMap(peak), borrowed=borrowed, buffers=buffers, pinned=pinned)
+    cached = sum(size for path, size in found.read.items() if path not in routes.direct)
+    return evolve(found, peak=FrozenMap(peak), borrowed=borrowed, buffers=buffers, pinned=pinned, cached=cached)
 
 
 def _load_cost(plan: LoadPlan) -> Cost:
@@ -274,7 +276,9 @@ def _save_cost(actions: Iterable[SaveAction]) -> Cost:
             case _:
                 assert_never(action)
     peak = FrozenMap({CPU: largest}) if largest else FrozenMap[Device, int]()
-    return Cost(read=FrozenMap(_read(exprs)), peak=peak, written=FrozenMap(written))
+    read = _read(exprs)
+    cached = sum(read.values()) + sum(written.values())
+    return Cost(read=FrozenMap(read), peak=peak, written=FrozenMap(written), cached=cached)
 
 
 # -- origins -----------------------------------------------------------------------------------------------------------

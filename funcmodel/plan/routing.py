@@ -1,6 +1,6 @@
 """Which way every tensor of a plan takes from its file: a pure choice, from the plan, sizes, and what a probe found."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final, Literal, TypeAlias
 
 from attrs import evolve
@@ -116,7 +116,6 @@ def _routing(
     if memory == "borrow" and not fresh:
         raise PlanError("tensors that exist keep their own memory, so nothing can be borrowed; use commit='swap'")
     routes: dict[str, Route] = {}
-    small: dict[int, bool] = {}  # by identity: most specs are shared, and computing their sizes is not free
     borrow = memory == "borrow"
     for key, expr, home in entries:
         if home is not CPU and home.type != "cpu":
@@ -128,11 +127,7 @@ def _routing(
         elif not fresh:
             routes[key] = "read"
         else:
-            spec = expr.spec
-            slab = small.get(id(spec))
-            if slab is None:
-                slab = small[id(spec)] = spec.nbytes < SMALL
-            routes[key] = "slab" if slab else "read"
+            routes[key] = "slab" if expr.spec.nbytes < SMALL else "read"
     if route is not None:
         _overrule(routes, entries, machine, fresh, route)
     return _with_buffers(routes, entries, machine)
@@ -227,7 +222,7 @@ def _with_buffers(routes: dict[str, Route], entries: list[tuple[str, Expr, Devic
     mapped: tuple[str, ...] = ()
     direct: tuple[str, ...] = ()
     if machine.storage:
-        sizes = _read_sizes(entry for entry in entries if routes[entry[0]] != "map")
+        sizes = _read_sizes(entries, routes)
         direct = tuple(sorted(path for path, size in sizes.items() if _past_the_cache(path, size, machine)))
         mapped = tuple(sorted(path for path in {*sizes}.difference(direct) if _out_of_the_cache(path, machine)))
     threads = max(DISK, machine.threads) if direct else machine.threads
@@ -274,21 +269,17 @@ def _nbytes(expr: Expr) -> int:
     return expr.spec.nbytes if type(expr) is Read else spec_of(expr).nbytes
 
 
-def _read_sizes(entries: Iterable[tuple[str, Expr, Device]]) -> dict[str, int]:
-    """Bytes of the stored tensors that are wanted, whole or in part, per file."""
+def _read_sizes(entries: Iterable[tuple[str, Expr, Device]], routes: Mapping[str, Route]) -> dict[str, int]:
+    """Bytes of the stored tensors that are read, whole or in part, per file."""
     sizes: dict[str, int] = {}
-    for read in _stored(entries):
-        path = read.file.path
-        sizes[path] = sizes.get(path, 0) + read.spec.nbytes
+    for key, expr, _ in entries:
+        if routes[key] == "map":
+            continue
+        for read in (expr,) if type(expr) is Read else leaves(expr):
+            if type(read) is Read:
+                path = read.file.path
+                sizes[path] = sizes.get(path, 0) + read.spec.nbytes
     return sizes
-
-
-def _stored(entries: Iterable[tuple[str, Expr, Device]]) -> Iterator[Read]:
-    for _, expr, _ in entries:
-        if type(expr) is Read:
-            yield expr
-        else:
-            yield from (leaf for leaf in leaves(expr) if isinstance(leaf, Read))
 
 
 def _past_the_cache(path: str, size: int, machine: Machine) -> bool:

@@ -146,6 +146,8 @@ class Cost:
         pinned: bytes of pinned memory, likewise.
         borrowed: bytes of tensors that are pages of files: in the page cache, for as long as they live, and in no
             memory of this process.
+        cached: bytes that lie in the system's page cache afterwards, if there is room: of files that are read or
+            borrowed, but for those read past it, and of files that are written. No process owns them.
     """
 
     read: FrozenMap[str, int] = FrozenMap()
@@ -155,6 +157,7 @@ class Cost:
     buffers: int = 0
     pinned: int = 0
     borrowed: int = 0
+    cached: int = 0
 
 
 OriginKind = Literal[

@@ -1,6 +1,7 @@
 """`TensorSpec`: shape and dtype of a tensor that may not exist, and sizes in bytes."""
 
 from collections.abc import Iterable
+from functools import lru_cache
 from math import prod
 from typing import Final
 
@@ -25,6 +26,11 @@ def _shape(value: Iterable[int]) -> tuple[int, ...]:
 class TensorSpec:
     """Shape and dtype. The shape counts *elements*: an `F4` tensor of 8 elements has shape (8,) and 4 bytes.
 
+    Attributes:
+        shape: sizes of the axes, in elements.
+        dtype: the element type.
+        nbytes: size in bytes, rounded up to a whole byte; kept, because plans ask 100,000 tensors several times.
+
     Example:
         >>> s = TensorSpec([4, 8], "bfloat16")
         >>> s, s.numel, s.nbytes
@@ -33,6 +39,11 @@ class TensorSpec:
 
     shape: tuple[int, ...] = field(converter=_shape)
     dtype: DType = field(converter=dtype)
+    nbytes: int = field(init=False, eq=False)
+
+    @nbytes.default
+    def _(self) -> int:
+        return (prod(self.shape) * self.dtype.bits + 7) // 8
 
     @property
     def ndim(self) -> int:
@@ -44,13 +55,20 @@ class TensorSpec:
         """Number of elements."""
         return prod(self.shape)
 
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes, rounded up to a whole byte."""
-        return (prod(self.shape) * self.dtype.bits + 7) // 8
-
     def __repr__(self) -> str:
         return f"{list(self.shape)} {self.dtype.name}"
+
+
+@lru_cache(maxsize=4096)
+def shared_spec(shape: tuple[int, ...], dtype: DType) -> TensorSpec:
+    """The spec of a shape and a dtype: the same record each time, since a model has few shapes and many tensors.
+
+    Example:
+        >>> from funcmodel.records.dtypes import dtype
+        >>> shared_spec((4, 8), dtype("bfloat16")) is shared_spec((4, 8), dtype("bfloat16"))
+        True
+    """
+    return TensorSpec(shape, dtype)
 
 
 def parse_size(size: int | str) -> int:

@@ -42,21 +42,15 @@ def check_plan(plan: Mapping[str, Expr], live: LiveTensors) -> list[FileRef]:
         TruncatedError: a stored tensor is planned behind the end of its file.
     """
     refs: dict[int, FileRef] = {}
-    sizes: dict[int, int] = {}  # by identity: most specs are shared, and hashing one costs more than all the rest
-    known: list[TensorSpec] = []  # keeps the identities taken
     for key, expr in plan.items():
         for node in (expr,) if type(expr) is Read else nodes(expr):
             if type(node) is not Read:
                 _check_node(key, node, live)
                 continue
             spec, file = node.spec, node.file
-            nbytes = sizes.get(id(spec))
-            if nbytes is None:
-                if spec.dtype not in TORCH_DTYPES:
-                    raise _unheld(key, spec)
-                nbytes = sizes[id(spec)] = spec.nbytes
-                known.append(spec)
-            if not 0 <= node.offset <= file.nbytes - nbytes:
+            if spec.dtype not in TORCH_DTYPES:
+                raise _unheld(key, spec)
+            if not 0 <= node.offset <= file.nbytes - spec.nbytes:
                 raise _behind(key, node)
             refs[id(file)] = file
     return list(refs.values())

@@ -10,7 +10,6 @@ import torch
 from attrs import frozen
 
 from funcmodel.plan.routing import SLAB
-from funcmodel.records.dtypes import DType
 from funcmodel.records.expressions import Expr, FileRef, Read
 from funcmodel.records.routes import Route
 from funcmodel.run.crew import Crew
@@ -197,16 +196,15 @@ def read_plain(
         PlanError: torch has no such dtype.
         TruncatedError: a file ended early.
     """
+    wanted = [*wanted]  # whose specs stay alive with it
     found: dict[str, torch.Tensor] = {}
     by_file: dict[int, tuple[FileRef, list[tuple[int, str, _Layout]]]] = {}
-    layouts: dict[tuple[tuple[int, ...], DType], _Layout] = {}
+    layouts: dict[int, _Layout] = {}  # by identity: the specs of a file are shared, and hashing one costs more
     for key, read in wanted:
         spec, ref = read.spec, read.file
-        layout = layouts.get((spec.shape, spec.dtype))
+        layout = layouts.get(id(spec))
         if layout is None:
-            shape = torch_shape(spec)
-            layout = _Layout(spec.nbytes, torch_dtype(spec.dtype), shape)
-            layouts[(spec.shape, spec.dtype)] = layout
+            layout = layouts[id(spec)] = _Layout(spec.nbytes, torch_dtype(spec.dtype), torch_shape(spec))
         group = by_file.get(id(ref))
         if group is None:
             group = by_file[id(ref)] = (ref, [])

@@ -8,7 +8,7 @@ import torch
 from funcmodel.errors import PlanError
 from funcmodel.records.devices import Device
 from funcmodel.records.dtypes import DTYPES, DType, dtype
-from funcmodel.records.tensors import TensorSpec
+from funcmodel.records.tensors import TensorSpec, shared_spec
 
 # An older torch lacks some dtypes; they are then refused when they are wanted, not when funcmodel is imported.
 TORCH_DTYPES: Final = MappingProxyType(
@@ -56,7 +56,7 @@ def tensor_spec(tensor: torch.Tensor) -> TensorSpec:
         except ValueError as error:
             raise PlanError(f"no element type stands for {tensor.dtype}") from error
     shape = tuple(tensor.shape)
-    return TensorSpec(shape if kind.pack == 1 or not shape else (*shape[:-1], shape[-1] * kind.pack), kind)
+    return shared_spec(shape if kind.pack == 1 or not shape else (*shape[:-1], shape[-1] * kind.pack), kind)
 
 
 def torch_device(device: Device) -> torch.device:

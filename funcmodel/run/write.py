@@ -20,7 +20,6 @@ from funcmodel.errors import PlanError, UnsafePathError
 from funcmodel.plan.sharding import SUFFIX, variant_of
 from funcmodel.records.actions import Publish, WriteIndex, WriteShard, WriteText
 from funcmodel.records.checkpoint import CheckpointSpec, FileSpec, IndexSpec, StoredTensor
-from funcmodel.records.dtypes import DType
 from funcmodel.records.mapping import FrozenMap
 from funcmodel.records.plans import SavePlan
 from funcmodel.run.crew import Crew
@@ -57,7 +56,8 @@ def write(
     """Write a checkpoint. Readers see the old one or the new one; the old one after an error before the commit.
 
     Everything is staged beside its final name; one rename commits; what the plan replaces is removed only then. Peak
-    memory is the headers, one tensor that must be computed, and at most 32 MiB of buffers. Saving onto the files that
+    memory is the headers, one tensor that must be computed, and at most 16 MiB of buffers for each shard that is being
+    written; how many are at once, the number of cores says. Saving onto the files that
     are being read, or that live tensors are mapped from, is safe: the new files are other files.
 
     Args:
@@ -151,13 +151,9 @@ def _layout(action: WriteShard, formats: tuple[Format, ...], digests: Mapping[st
     header, offsets = format_.write(specs, metadata)
     starts = dict(offsets.items())
     tensors: dict[str, StoredTensor] = {}
-    sizes: dict[tuple[tuple[int, ...], DType], int] = {}
     end = len(header)
     for key, spec in specs.items():
-        size = sizes.get((spec.shape, spec.dtype))
-        if size is None:
-            size = sizes[spec.shape, spec.dtype] = spec.nbytes
-        start, end = end, end + size
+        start, end = end, end + spec.nbytes
         if starts[key] != start:
             raise PlanError(f"{action.file}: the format leaves a gap before {key!r}, at byte {start}")
         tensors[key] = StoredTensor(spec, start, end)

@@ -107,7 +107,9 @@ def records_of(cls: type) -> st.SearchStrategy[Any]:
         return _SPECIAL[cls]
     if cls in _EXPRESSIONS:
         return any_expression
-    fields = {field.name: st.deferred(lambda kind=field.type: values_of(kind)) for field in attrs.fields(cls)}
+    fields = {
+        field.name: st.deferred(lambda kind=field.type: values_of(kind)) for field in attrs.fields(cls) if field.init
+    }
     return st.builds(cls, **fields)
 
 
