@@ -181,8 +181,11 @@ def test_a_ratio_is_of_the_best_peer_less_what_is_not_its_own(ours: float, met: 
     case = {"ours": result("ours", (ours, False), kind="ours")}
     case |= {name: result(name, (wall, False)) for name, wall in (("slow", 9.0), ("fast", 5.0), ("build", 1.0))}
     case["gone"] = Result("gone", "peer", 1, reason="not installed")
-    target = Target("row", "case", "ours", 2, ("slow", "fast", "gone"), less="build")
+    case |= {name: result(name, (wall, False), kind="limit") for name, wall in (("raw", 0.5), ("other way", 2.0))}
+    limits = ("raw", "other way", "not tried")
+    target = Target("row", "case", "ours", 2, ("slow", "fast", "gone"), less="build", limit=limits)
     row = judged(target, {"case": case}, {}, {})
+    assert row["at_limit"] == 4.0 / 0.5
     assert row["value"] == 4.0 / ours
     assert row["met"] is met
     alone = judged(Target("row", "case", "ours", 2, ("gone",)), {"case": case}, {}, {})

@@ -120,6 +120,8 @@ def fresh(world: World) -> Case:
             mine("materialize", lambda: ours.materialize(path)),
             limit("preadv, 1 thread", lambda: limits.preadv_into(path, real, 1)),
             limit("preadv, all threads", lambda: limits.preadv_into(path, real, cores())),
+            limit("preadv into fresh memory, 1 thread", lambda: limits.preadv_fresh(path, 1)),
+            limit("preadv into fresh memory, all threads", lambda: limits.preadv_fresh(path, cores())),
             limit("first touch, huge pages", lambda: limits.first_touch(world.nbytes, huge=True)),
             peer("load_file + clone", lambda: peers.load_file_clone(path)),
             peer("load_file + touch (mapped)", lambda: peers.load_file_touch(path)),
@@ -196,6 +198,7 @@ def cast(world: World) -> Case:
             mine("load in place", lambda: ours.load(path, **IN_PLACE, **options), prepare=lambda: world.wide_real),
             mine("load into meta", lambda: ours.load(path, **options), prepare=meta),
             limit("mapped copy_, all threads", lambda: limits.mapped_copy(path, real)),
+            limit("mapped copy_ into fresh memory, all threads", lambda: limits.mapped_copy_fresh(path, real)),
             peer(
                 "load_file + load_state_dict", lambda: peers.load_file_state_dict(path), prepare=lambda: world.wide_real
             ),

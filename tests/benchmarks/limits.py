@@ -144,19 +144,50 @@ def _whole(fd: int, piece: Piece, size: int) -> None:
         raise EOFError(f"{count} of {len(view)} bytes at {at}")
 
 
-def mapped_copy(path: Path, tensors: Tensors) -> Act:
-    """Map a float32 file and `copy_` each tensor into an existing one of another dtype, with all of torch's threads."""
-    starts = offsets(path)
+def preadv_fresh(path: Path, threads: int) -> Act:
+    """Read a file, through the page cache, into memory that the system has not yet given, in huge pages."""
     size = path.stat().st_size
 
-    def act(_: Any) -> None:
-        mapped = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
-        whole = torch.empty(0, dtype=torch.float32)
-        for key, tensor in tensors.items():
-            stored = whole.set_(mapped, starts[key] // 4, tensor.shape, tensor.stride())
-            tensor.copy_(stored)
+    def act(_: Any) -> mmap.mmap:
+        pages = _fresh(size)
+        _preadv(path, cut([(0, memoryview(pages))]), threads, os.O_RDONLY)
+        return pages
 
     return act
+
+
+def _fresh(nbytes: int) -> mmap.mmap:
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
+
+
+def mapped_copy(path: Path, tensors: Tensors) -> Act:
+    """Map a float32 file and `copy_` each tensor into an existing one of another dtype, with all of torch's threads."""
+    return lambda _: _copy_out(path, tensors)
+
+
+def mapped_copy_fresh(path: Path, tensors: Tensors) -> Act:
+    """The same into memory that the system has not yet given, in huge pages."""
+
+    def act(_: Any) -> Tensors:
+        pages = torch.frombuffer(_fresh(sum(tensor.nbytes for tensor in tensors.values())), dtype=torch.uint8)
+        parts = torch.split(pages, [tensor.nbytes for tensor in tensors.values()])
+        views = zip(tensors.items(), parts, strict=True)
+        fresh = {key: part.view(tensor.dtype).view(tensor.shape) for (key, tensor), part in views}
+        _copy_out(path, fresh)
+        return fresh
+
+    return act
+
+
+def _copy_out(path: Path, tensors: Tensors) -> None:
+    starts = offsets(path)
+    mapped = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)
+    whole = torch.empty(0, dtype=torch.float32)
+    for key, tensor in tensors.items():
+        stored = whole.set_(mapped, starts[key] // 4, tensor.shape, tensor.stride())
+        tensor.copy_(stored)
 
 
 def raw_write(tensors: Tensors, files: int, threads: int) -> Act:
@@ -178,3 +209,45 @@ def raw_write(tensors: Tensors, files: int, threads: int) -> Act:
         spread(write, range(files), min(threads, files))
 
     return act
+
+
+def raw_write_one(tensors: Tensors, threads: int, *, allocated: bool = False) -> Act:
+    """Write the bytes of the tensors into one new file, by so many threads, its room allocated first or not."""
+    views = [byte_view(tensor) for tensor in tensors.values()]
+    starts = [0, *accumulate(map(len, views))]
+    pieces = cut(list(zip(starts, views, strict=False)), PIECE)
+
+    def act(folder: Path) -> None:
+        fd = os.open(folder / "raw", os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        try:
+            if allocated:
+                os.posix_fallocate(fd, 0, starts[-1])
+            spread(lambda piece: _pwrite(fd, piece), pieces, threads)
+        finally:
+            os.close(fd)
+
+    return act
+
+
+def direct_write(nbytes: int, threads: int) -> Act:
+    """Write one new file past the page cache out of memory that happens to start on a page."""
+    pieces = cut([(0, page_aligned(nbytes))], DIRECT_PIECE)
+
+    def act(folder: Path) -> None:
+        try:
+            fd = os.open(folder / "raw", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT)
+        except (OSError, AttributeError) as error:
+            raise Unavailable(f"this file system refuses O_DIRECT: {error}") from error
+        try:
+            spread(lambda piece: _pwrite(fd, piece), pieces, threads)
+        finally:
+            os.close(fd)
+
+    return act
+
+
+def _pwrite(fd: int, piece: Piece) -> None:
+    at, view = piece
+    done = 0
+    while done < len(view):
+        done += os.pwrite(fd, view[done:], at + done)

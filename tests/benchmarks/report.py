@@ -100,22 +100,24 @@ def _machine_lines(report: Mapping[str, Any]) -> Iterator[str]:
         f"load average at the start {about['load_average']:.1f}. "
         + ", ".join(f"{name} {version}" for name, version in versions.items() if version)
         + f". {report['reps']} repetitions, interleaved. In the first table a ratio "
-        "above 1 means that funcmodel is faster; in the others the last columns are times divided by ours. Samples "
+        "above 1 means that funcmodel is faster, and the last column is the ratio that bare system calls would have, the "
+        "fastest of all ways that were tried; in the others the last columns are times divided by ours. Samples "
         "beside which something else used the machine are left out, except where ~ or (noisy) says that most were such."
     )
     yield ""
 
 
 def _target_lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    yield "| case | funcmodel | against | of | value | target | met |"
-    yield "|---|---|---|---|---:|---:|---|"
+    yield "| case | funcmodel | against | of | value | target | met | at the limit |"
+    yield "|---|---|---|---|---:|---:|---|---:|"
     for row in rows:
         against = ", ".join(row["against"]) or "absolute"
         sign = "≥" if row["bound_is"] == "at least" else "≤"
         value = "-" if row["value"] is None else f"{row['value']:.3g}"
         met = row["reason"] or ("yes" if row["met"] else "**no**") + (" (noisy)" if row["noisy"] else "")
         bound = f"{sign} {row['bound']:g}"
-        yield f"| {row['row']} | {row['ours']} | {against} | {row['of']} | {value} | {bound} | {met} |"
+        limit = "" if row["at_limit"] is None else f"{row['at_limit']:.3g}"
+        yield f"| {row['row']} | {row['ours']} | {against} | {row['of']} | {value} | {bound} | {met} | {limit} |"
     yield ""
 
 

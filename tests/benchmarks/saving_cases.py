@@ -45,6 +45,11 @@ def save_one(world: World) -> Case:
             mine("save", lambda: ours.save(module, None, "none"), **given),
             mine("save, flushed", lambda: ours.save(module, None, "full"), **given),
             limit("raw write, 1 file", lambda: limits.raw_write(tensors, 1, 1), **given),
+            limit("raw write, 1 file, 2 threads", lambda: limits.raw_write_one(tensors, 2), **given),
+            limit(
+                "raw write, 1 file, room allocated", lambda: limits.raw_write_one(tensors, 1, allocated=True), **given
+            ),
+            limit("O_DIRECT write, 1 file, 2 threads", lambda: limits.direct_write(world.nbytes, 2), **given),
             peer("save_file", lambda: peers.save_file(tensors), **given),
             peer("save_model", lambda: peers.save_model(module), **given),
             peer("transformers save_pretrained", lambda: peers.save_pretrained(world.folder, 1 << 60), **given),
