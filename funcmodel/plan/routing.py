@@ -219,12 +219,14 @@ def _overrule(
 
 def _with_buffers(routes: dict[str, Route], entries: list[tuple[str, Expr, Device]], machine: Machine) -> Routing:
     kinds = set(routes.values())
+    changed = not kinds.isdisjoint(("transform", "stage"))
     mapped: tuple[str, ...] = ()
     direct: tuple[str, ...] = ()
-    if machine.storage:
+    if changed or any(found.direct and found.cached < HOT for found in machine.storage.values()):
         sizes = _read_sizes(entries, routes)
         direct = tuple(sorted(path for path, size in sizes.items() if _past_the_cache(path, size, machine)))
-        mapped = tuple(sorted(path for path in {*sizes}.difference(direct) if _out_of_the_cache(path, machine)))
+        if changed:
+            mapped = tuple(sorted(path for path in {*sizes}.difference(direct) if _out_of_the_cache(path, machine)))
     threads = max(DISK, machine.threads) if direct else machine.threads
     buffers, size, pinned = 0, BUFFER, False
     if "stage" in kinds:

@@ -232,7 +232,7 @@ def _place(
 ) -> _Slab:
     """Give every tensor of one file its memory, in file order; the slab is handed on to the next file."""
     first = size = end = 0  # the run of small tensors that is being collected: it lies in memory as it lies in the file
-    at = -1
+    at, top, join = -1, slab.top, slab.members.append
     for offset, key, layout in entries:
         nbytes = layout.nbytes
         if not nbytes:
@@ -243,13 +243,15 @@ def _place(
             found[key] = tensor_at(where, 0, layout.kind, layout.shape)
             pieces.append((offset, where))
             continue
-        top = slab.top
         position = (top + ALIGNED - 1) & -ALIGNED
         if position + nbytes > SLAB:
             if size:
                 slab.spans.append((pieces, first, at, size))
+            slab.top = top
             slab.allocate(found)
-            slab, position, size = _Slab(), 0, 0
+            slab = _Slab()
+            position = size = 0
+            join = slab.members.append
         if size and offset == end and position == top:
             size += nbytes
         else:
@@ -257,8 +259,9 @@ def _place(
                 slab.spans.append((pieces, first, at, size))
             first, at, size = offset, position, nbytes
         end = offset + nbytes
-        slab.top = position + nbytes
-        slab.members.append((key, position, layout))
+        top = position + nbytes
+        join((key, position, layout))
+    slab.top = top
     if size:
         slab.spans.append((pieces, first, at, size))
     return slab

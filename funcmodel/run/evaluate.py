@@ -270,11 +270,10 @@ def how_to_look(exprs: Iterable[Expr], memory: Memory, route: Wanted) -> dict[st
 
 def stored_files(exprs: Iterable[Expr]) -> list[FileRef]:
     """The files that expressions read, each once."""
-    refs: dict[int, FileRef] = {}
+    exprs = [*exprs]
+    refs = {id(expr.file): expr.file for expr in exprs if type(expr) is Read}
     for expr in exprs:
-        if type(expr) is Read:
-            refs[id(expr.file)] = expr.file
-        else:
+        if type(expr) is not Read:
             refs.update((id(leaf.file), leaf.file) for leaf in leaves(expr) if isinstance(leaf, Read))
     return list(dict.fromkeys(refs.values()))
 

@@ -7,12 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.benchmarks import Row, digests, durability, planning, small_tensors, table
+from tests.benchmarks import Row, digests, durability, planning, small_tensors, table, ways
 
 MEASUREMENTS = {
     "small_tensors": ("20,000 tensors of 2 KiB into a module on meta (ours / peer)", small_tensors.rows),
     "digests": ("digests of 218 MB in 4,012 tensors", digests.rows),
     "durability": ("the price of a save that is a transaction, wall time", durability.rows),
+    "ways": ("many tensors, step by step", ways.rows),
     "planning": ("planning 100,000 tensors on meta, CPU-seconds", planning.rows),
 }
 

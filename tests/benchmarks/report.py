@@ -99,10 +99,11 @@ def _machine_lines(report: Mapping[str, Any]) -> Iterator[str]:
         f"{about['file_system']}, huge pages `{about['huge_pages']}`, GPU: {about['gpu'] or 'none'}, "
         f"load average at the start {about['load_average']:.1f}. "
         + ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-        + f". {report['reps']} repetitions, interleaved. In the first table a ratio "
-        "above 1 means that funcmodel is faster, and the last column is the ratio that bare system calls would have, the "
-        "fastest of all ways that were tried; in the others the last columns are times divided by ours. Samples "
-        "beside which something else used the machine are left out, except where ~ or (noisy) says that most were such."
+        + f". {report['reps']} "
+        "repetitions, interleaved. In the first table a ratio above 1 means that funcmodel is faster; its "
+        "last column is the ratio that bare system calls would have, the fastest of all ways that were tried. "
+        "In the others the last columns are times divided by ours. Samples beside which something else used "
+        "the machine are left out, except where ~ or (noisy) says that most were such."
     )
     yield ""
 
