@@ -1,7 +1,12 @@
 """Opening and reading files: regular ones, inside their folder, whole, unchanged."""
 
 import os
+import sys
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -119,6 +124,46 @@ def test_nothing_stays_open_after_an_error(path: Path) -> None:
             open_regular(path, root=path.parent.parent / "elsewhere")
     after = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     assert after == before
+
+
+def interrupted(act: Callable[[], None], step: int) -> bool:
+    """Whether an interrupt came before `act` ended: before step number `step` that Python takes in `run/files.py`."""
+    taken = count()
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        if frame.f_code.co_filename != files.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode" and next(taken) == step:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        act()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors in /proc")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_nothing_stays_open_wherever_an_interrupt_comes(path: Path) -> None:
+    def read() -> None:
+        with open_regular(path, root=path.parent) as file:
+            file.read(0, 1)
+
+    read()
+    before = len(os.listdir("/proc/self/fd"))
+    for step in count():
+        ended = not interrupted(read, step)
+        assert len(os.listdir("/proc/self/fd")) == before
+        if ended:
+            break
+    assert step > 50
 
 
 @pytest.fixture(params=["by descriptor", "by name"])

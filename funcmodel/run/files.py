@@ -5,7 +5,7 @@ import os
 import stat
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
-from io import BytesIO
+from io import BytesIO, FileIO
 from types import TracebackType
 from typing import Final, Literal, TypeAlias
 
@@ -40,6 +40,8 @@ Digest: TypeAlias = Literal["ignore", "check"] | Hashed
 class SourceFile:
     """A regular file that is open for reading. Reads carry their own offset, so threads may share one.
 
+    It is closed at the latest when it is dropped: an interrupt may come before anybody holds it.
+
     Attributes:
         path: as it was opened.
         fd: the descriptor.
@@ -51,7 +53,7 @@ class SourceFile:
     fd: int
     nbytes: int
     identity: Identity
-    closed: bool = field(default=False, init=False)
+    _open: FileIO
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill `buffer` with the bytes from `offset` on.
@@ -153,11 +155,14 @@ class SourceFile:
                 found=None if now is None else (now.st_dev, now.st_ino),
             )
 
+    @property
+    def closed(self) -> bool:
+        """Whether the descriptor was given back."""
+        return self._open.closed
+
     def close(self) -> None:
         """Close the descriptor. A second call does nothing."""
-        if not self.closed:
-            self.closed = True
-            os.close(self.fd)
+        self._open.close()
 
     def __enter__(self) -> "SourceFile":
         return self
@@ -185,8 +190,13 @@ def open_regular(path: str | os.PathLike[str], *, root: str | os.PathLike[str] |
         UnsafePathError: it is no regular file (code "NOT_REGULAR_FILE") or lies outside (code "SYMLINK_ESCAPES").
     """
     name = os.fspath(path)
+    opened: list[FileIO] = []
     try:
-        fd = os.open(name, READ)
+        if stat.S_ISDIR(os.stat(name).st_mode):
+            raise _irregular(name)
+        # One step of Python, so that no interrupt comes between the descriptor and what closes it. No `__del__` of our
+        # own does: an interrupt that came while it ran would be lost.
+        opened.extend(map(FileIO, map(os.open, (name,), (READ,))))
     except OSError as error:
         if error.errno == errno.ENXIO:  # a socket, or a FIFO where the flag is not honored
             raise _irregular(name) from error
@@ -195,15 +205,17 @@ def open_regular(path: str | os.PathLike[str], *, root: str | os.PathLike[str] |
         ) from error
     except ValueError as error:  # NUL, or a character that file names cannot hold
         raise CheckpointError(f"{name!r}: is no file name ({error})", code="OPEN", path=name) from error
+    file = opened[0]
     try:
+        fd = file.fileno()
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
             raise _irregular(name)
         if root is not None:
             _check_inside(name, fd, found, os.fspath(root))
-        return SourceFile(name, fd, found.st_size, _identity(found))
+        return SourceFile(name, fd, found.st_size, _identity(found), file)
     except BaseException:
-        os.close(fd)
+        file.close()
         raise
 
 
