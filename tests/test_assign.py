@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import funcmodel as fm
 from funcmodel.bind.assign import assign
 from funcmodel.bind.inspect import live_tensors, module_spec
 from funcmodel.bind.skeleton import skeleton
@@ -501,3 +502,14 @@ def test_tensors_go_to_their_device() -> None:
         loaded(net, nn.BatchNorm1d(3).state_dict(), device_map="cuda:0")
         assert net.weight is weight
         assert {t.device.type for t in live_tensors(net).values()} == {"cuda"}
+
+
+@pytest.mark.parametrize("commit", ["swap", "in_place"])
+@pytest.mark.parametrize("where", ["cpu", "meta"])
+def test_what_is_loaded_in_inference_mode_can_be_trained(tmp_path, commit, where):
+    fm.save(nn.Linear(3, 2), tmp_path)
+    net = nn.Linear(3, 2, device=where)
+    with torch.inference_mode():
+        fm.load(net, tmp_path, commit=commit)
+    net(torch.ones(1, 3, requires_grad=True)).sum().backward()
+    assert net.weight.grad is not None

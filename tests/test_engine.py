@@ -1,6 +1,7 @@
 """The engine: memory, coalesced calls, boxes as byte ranges, whole stored tensors."""
 
 import os
+import random
 import threading
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from funcmodel.errors import ChangedError, PlanError, StalePlanError, TruncatedE
 from funcmodel.plan.routing import SLAB, SMALL, routing
 from funcmodel.records.expressions import Read
 from funcmodel.run.boxes import CHUNK, chunks, counts, ranges, whole, widened
-from funcmodel.run.engine import IOVECS, RANGE, jobs, opened, perform, read_plain
+from funcmodel.run.engine import GAP, IOVECS, RANGE, _Decoded, jobs, opened, perform, read_plain
 from funcmodel.run.files import open_regular
 from funcmodel.run.formats import FORMATS
 from funcmodel.run.memory import memory
@@ -58,8 +59,12 @@ def test_adjacent_pieces_share_a_call_up_to_its_limits(tmp_path):
     with open_regular(path) as file:
         many = [(i, memory(1)) for i in range(IOVECS + 1)]
         assert [(at, len(views)) for _, at, views in jobs(file, many)] == [(0, IOVECS), (IOVECS, 1)]
-        apart = [(0, memory(4)), (4, memory(4)), (9, memory(4))]
-        assert [(at, len(views)) for _, at, views in jobs(file, apart)] == [(0, 2), (9, 1)]
+        apart = [(0, memory(4)), (4, memory(4)), (8 + GAP + 1, memory(4))]
+        assert [(at, len(views)) for _, at, views in jobs(file, apart)] == [(0, 2), (8 + GAP + 1, 1)]
+        near = [(0, memory(4)), (4 + GAP, memory(4)), (8 + GAP + 1, memory(4))]
+        assert [(at, [*map(len, views)]) for _, at, views in jobs(file, near)] == [(0, [4, GAP, 4, 1, 4])]
+        edge = [(0, memory(RANGE - 8)), (RANGE, memory(4))]  # no room is left behind the gap
+        assert [at for _, at, _ in jobs(file, edge)] == [0, RANGE]
         big = [(5, memory(RANGE)), (5 + RANGE, memory(RANGE + 7))]
         assert [(at, sum(map(len, views))) for _, at, views in jobs(file, big)] == [
             (5, RANGE),
@@ -68,6 +73,23 @@ def test_adjacent_pieces_share_a_call_up_to_its_limits(tmp_path):
         ]
         again = [(0, memory(4)), (0, memory(4))]
         assert [at for _, at, _ in jobs(file, again)] == [0, 0]
+
+
+def test_what_lies_between_two_pieces_reaches_nobody(tmp_path):
+    path = tmp_path / "bytes"
+    content = os.urandom(1 << 20)
+    path.write_bytes(content)
+    rng = random.Random(0)
+    starts = sorted(rng.sample(range(0, len(content) - 256, 256), 900))
+    pieces = [(start, memory(rng.randrange(1, 257))) for start in starts]
+    with open_regular(path) as file:
+        calls = [*jobs(file, pieces)]
+        perform(calls, 3)
+        decoded = jobs(_Decoded(file, lambda *_: None), pieces)  # where other bytes may mean nothing
+        assert [view for _, _, views in decoded for view in views] == [view for _, view in pieces]
+    assert len(calls) < len(pieces) / 10
+    for start, where in pieces:
+        assert where == content[start : start + len(where)]
 
 
 def test_many_ranges_are_read_by_several_threads_and_all_arrive(tmp_path):

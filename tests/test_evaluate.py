@@ -7,6 +7,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from attrs import evolve
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from funcmodel.core import build
 from funcmodel.errors import ChangedError, PlanError, ShapeError, StalePlanError
-from funcmodel.records.expressions import Call, Cast, Concat, Index, Permute, Take
+from funcmodel.records.expressions import Call, Cast, Concat, Index, Live, Permute, Take
 from funcmodel.records.tensors import TensorSpec
 from funcmodel.run.evaluate import evaluate, fill, materialize, stream
 from funcmodel.run.scan import scan
@@ -494,3 +495,13 @@ def test_threads_share_nothing(plan, tensors):
     assert len(found) == 60
     assert all(torch.equal(one[key], expected[key]) for one in found for key in expected)
     assert len({one["q"].data_ptr() for one in found}) == 60
+
+
+def test_what_a_destination_covers_in_part_is_copied_first():
+    base = np.arange(40, dtype=np.float32)
+    whole, late, early = (torch.from_numpy(base[start:stop]) for start, stop in ((0, 40), (20, 40), (10, 20)))
+    leaf = Live("w", TensorSpec([40], "float32"))
+    plan = {"x": build.narrow(leaf, 0, 0, 20), "y": build.narrow(leaf, 0, 20, 30)}
+    fill(plan, {"x": late, "y": early}, live={"w": whole})
+    assert late.tolist() == [*range(20)]
+    assert early.tolist() == [*range(20, 30)]

@@ -262,3 +262,41 @@ def test_a_file_that_changes_at_any_moment_ends_in_the_right_tensor_or_a_typed_e
     ends = json.loads(done.stdout)
     assert sum(ends.values()) == TRIES
     assert ends.keys() <= {"right", "ChangedError", "StalePlanError"}
+
+
+def test_who_borrows_the_same_bytes_twice_shares_no_memory(file: Path) -> None:
+    w = fm.scan(file)["w"]
+    plan = {"a": w, "b": w, "part": build.narrow(w, 0, 5, 90), "behind": build.narrow(w, 0, 90, 100)}
+    found = materialize(plan, memory="borrow")
+    want = {key: tensor.clone() for key, tensor in materialize(plan).items()}
+    for key in found:
+        found[key].add_(1)
+        want[key].add_(1)
+        assert all(torch.equal(found[other], want[other]) for other in found)
+
+
+SHORT_OF_ADDRESSES = """
+import resource, sys
+import torch
+import funcmodel as fm
+
+plan = {key: fm.expr.cast(read, "bfloat16") for key, read in fm.scan(sys.argv[1]).items()}
+few = {key: fm.expr.cast(read, "bfloat16") for key, read in fm.scan(sys.argv[2]).items()}
+fm.materialize(few)
+fm.materialize(fm.scan(sys.argv[2]), memory="borrow")
+size = next(int(row.split()[1]) << 10 for row in open("/proc/self/status") if row.startswith("VmSize"))
+resource.setrlimit(resource.RLIMIT_AS, (size + (200 << 20), resource.RLIM_INFINITY))
+assert all(bool((tensor == 1).all()) for tensor in fm.materialize(plan).values())
+try:
+    fm.materialize(fm.scan(sys.argv[1]), memory="borrow")
+except fm.NoMemoryError:
+    print("refused")
+"""
+
+
+def test_without_addresses_for_a_mapping_buffers_serve(file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "large.safetensors"
+    save_file({f"{i}": torch.ones(4 << 20) for i in range(16)}, path)  # 256 MiB, and 128 MiB as bfloat16
+    save_file({f"{i}": torch.ones(4 << 10) for i in range(16)}, file)
+    command = [sys.executable, "-c", SHORT_OF_ADDRESSES, str(path), str(file)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "refused\n"

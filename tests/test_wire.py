@@ -78,6 +78,16 @@ def test_a_header_is_the_text_that_json_writes(names: list[str]) -> None:
     assert header[8:].rstrip(b" ") == json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
+class Name(str):
+    def __format__(self, _: str) -> str:
+        return "other words"
+
+
+def test_a_name_that_is_more_than_text_is_written_as_the_text_it_is() -> None:
+    header, _ = render_header({Name("w.a"): F32}, {})
+    assert [*json.loads(header[8:])] == ["w.a"]
+
+
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if d.safetensors], ids=lambda d: d.name)
 def test_safetensors_reads_every_dtype_that_we_write(dtype: object) -> None:
     spec = TensorSpec([2, 4], dtype)

@@ -1,6 +1,7 @@
 """The interpreter of a `LoadPlan`: everything that can fail first, then one commit, whole or undone."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Final, Literal, TypeAlias
 
 import torch
@@ -88,9 +89,11 @@ def assign(
         _require_existing(routes)
     target = resolved(plan, module)
     read = _Reader(live, formats, Hashed() if digest == "check" else digest, routes)
-    beside = _drawn(target, module)
+    with _ordinary():
+        beside = _drawn(target, module)
     if commit == "swap":
-        _swap(target, read, beside)
+        with _ordinary():
+            _swap(target, read, beside)
     else:
         _in_place(target, read, beside, preflight)
     for key in (*target.assigned, *beside):
@@ -190,6 +193,11 @@ class _Reader:
         if isinstance(whole, torch.Tensor):
             return whole.detach()[at[0][0] : at[0][1]].cpu() if at else whole.detach().cpu()
         return evaluate(index(whole, at) if at else whole, self.live, formats=self.formats, digest=self.digest)
+
+
+def _ordinary() -> AbstractContextManager[object]:
+    """New tensors are ordinary ones: a module that is loaded in inference mode is to be trained afterwards."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -331,7 +339,8 @@ def _in_place(target: Target, read: _Reader, beside: Values, preflight: str) -> 
         for key, action in target.assigned.items()
         if key not in doubled and not target.tensor(key).is_meta
     }
-    values = read.values(target, fresh)
+    with _ordinary():
+        values = read.values(target, fresh)
     values.update((key, value) for key, value in beside.items() if target.tensor(key).is_meta)
     copied = {key: value for key, value in beside.items() if key not in values}
     into = {key: target.tensor(key) for key in (*exprs, *copied)}

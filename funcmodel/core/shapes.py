@@ -39,7 +39,7 @@ def spec_of(expr: Expr) -> TensorSpec:
     """
     if expr.__class__ is Read or expr.__class__ is Live or isinstance(expr, Full | Noise | Call):
         return expr.spec
-    return shared_spec(shape_of(expr), dtype_of(expr))
+    return shared_spec(tuple(shape_of(expr)), dtype_of(expr))
 
 
 def shape_of(expr: Expr) -> tuple[int, ...]:

@@ -190,7 +190,7 @@ def _quoted(names: Iterable[str], limits: Limits) -> Iterable[str]:
             found = found or name_error(name, limits)
             if found is not None:
                 raise _unwritable(name, *found)
-        yield f'"{name}"' if plain else _json(name)
+        yield '"' + name + '"' if plain else _json(name)  # not formatted: members of an Enum have other words for that
 
 
 def _writable(name: str, spec: TensorSpec, limits: Limits) -> tuple[str, int]:

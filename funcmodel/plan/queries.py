@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from math import prod
-from typing import Literal, assert_never
+from typing import Final, Literal, assert_never
 
 from attrs import evolve
 
@@ -96,6 +96,9 @@ def _owned(spec: ModuleSpec) -> Iterator[tuple[str, ParamSpec]]:
 
 # -- cost --------------------------------------------------------------------------------------------------------------
 
+WRITTEN: Final = 16 << 20  # bytes of buffers for a file that is being written
+WRITERS: Final = 8  # so many at once, at most
+
 
 def cost(plan: StateDictPlan | LoadPlan | SavePlan, *, on: object = "cpu", routes: Routing | None = None) -> Cost:
     """What applying a plan takes, in bytes: a promise.
@@ -104,7 +107,7 @@ def cost(plan: StateDictPlan | LoadPlan | SavePlan, *, on: object = "cpu", route
     leaves on meta have none), and on the CPU the largest tensor that is computed aside: arguments and result of a
     `Call`, what a reshape reorders, a draw in float32, the second of two names that must agree; of a save the largest
     tensor. Buffers come on top: those that the routes name, or where there are no routes yet at most 64 MiB, and on the
-    way to a GPU 128 MiB.
+    way to a GPU 128 MiB; of a save 16 MiB for each file that may be written at once, of which there are up to 8.
 
     Args:
         plan: the plan.
@@ -256,10 +259,11 @@ def _held(action: LoadAction) -> tuple[Device, int, Expr | None]:
 def _save_cost(actions: Iterable[SaveAction]) -> Cost:
     written: dict[str, int] = {}
     exprs: list[Expr] = []
-    largest = 0
+    largest = shards = 0
     for action in actions:
         match action:
             case WriteShard(file, entries, metadata, digests):
+                shards += 1
                 specs = {key: spec_of(expr) for key, expr in entries.items()}
                 if digests != "none":
                     metadata = with_digests(metadata, dict.fromkeys(("", *specs), BLANK))
@@ -278,7 +282,8 @@ def _save_cost(actions: Iterable[SaveAction]) -> Cost:
     peak = FrozenMap({CPU: largest}) if largest else FrozenMap[Device, int]()
     read = _read(exprs)
     cached = sum(read.values()) + sum(written.values())
-    return Cost(read=FrozenMap(read), peak=peak, written=FrozenMap(written), cached=cached)
+    buffers = WRITTEN * min(WRITERS, shards)
+    return Cost(read=FrozenMap(read), peak=peak, written=FrozenMap(written), buffers=buffers, cached=cached)
 
 
 # -- origins -----------------------------------------------------------------------------------------------------------

@@ -138,11 +138,13 @@ class Cost:
     """What applying a plan takes, in bytes.
 
     Attributes:
-        read: bytes read per file path.
+        read: bytes wanted per file path. Up to 4 KiB that lie between two ranges of a file are read with them; so is
+            what lies between runs of under 64 bytes of one tensor.
         held: bytes that stay allocated per device.
         peak: highest bytes allocated at once per device, `held` included.
         written: bytes written per file name (save plans).
-        buffers: bytes of ordinary memory through which passes what cannot be read in place, on top of `peak`.
+        buffers: bytes of ordinary memory through which passes what cannot be read in place, on top of `peak`; 8 MiB
+            more where an existing tensor, whose strides no plan knows, is not contiguous.
         pinned: bytes of pinned memory, likewise.
         borrowed: bytes of tensors that are pages of files: in the page cache, for as long as they live, and in no
             memory of this process.

@@ -2,7 +2,6 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
 from typing import TypeAlias
 
@@ -11,6 +10,7 @@ from attrs import field, frozen
 
 from funcmodel.records.dtypes import DType
 from funcmodel.run.boxes import Box, counts, ranges
+from funcmodel.run.crew import Crew
 from funcmodel.run.engine import Piece, Source, jobs
 from funcmodel.run.memory import ALIGNED, memory, tensor_at
 from funcmodel.run.moves import move, picked
@@ -99,7 +99,7 @@ def use_batch(batch: Batch, where: memoryview) -> None:
 
 
 def pass_through(parts: Sequence[Part], *, threads: int, buffers: int, nbytes: int) -> None:
-    """Read parts in a few threads and move each to its place in the calling one, in order.
+    """Read parts in a few threads and move each to its place in the calling one.
 
     Torch computes in the calling thread, with the threads of its own that it always has, and in no other: threads that
     read do nothing else, so nothing that torch was told about threads changes, and nobody waits for a team of them.
@@ -118,27 +118,27 @@ def pass_through(parts: Sequence[Part], *, threads: int, buffers: int, nbytes: i
         read_batch(work[0], where)
         use_batch(work[0], where)
         return
-    free = [memory(max(nbytes, *map(_size, work))) for _ in range(max(2, min(buffers, len(work))))]
-    filling: deque[tuple[Batch, memoryview, Future[None]]] = deque()
-    with ThreadPoolExecutor(min(threads, len(work))) as pool:
-        try:
-            for batch in work:
-                if not free:
-                    free.append(_emptied(*filling.popleft()))
-                where = free.pop()
-                filling.append((batch, where, pool.submit(read_batch, batch, where)))
-            while filling:
-                _emptied(*filling.popleft())
-        finally:
-            pool.shutdown(cancel_futures=True)
+    readers = min(threads, len(work))
+    free = deque(memory(max(nbytes, *map(_size, work))) for _ in range(max(2, min(buffers, len(work)))))
+    full: deque[tuple[Batch, memoryview]] = deque()
+    crew, shared = Crew(), iter(work)
+
+    def read() -> None:
+        while (where := crew.take(free)) is not None and (batch := crew.next(shared)) is not None:
+            read_batch(batch, where)
+            crew.give(full, (batch, where))
+
+    def use() -> None:
+        for _ in work:
+            found = crew.take(full)
+            if found is None:
+                return  # a reader has failed
+            use_batch(*found)
+            crew.give(free, found[1])
+
+    crew.together([read] * readers, own=use)
 
 
 def _size(batch: Batch) -> int:
     part, start = batch[-1]
     return start + part.nbytes
-
-
-def _emptied(batch: Batch, where: memoryview, filled: "Future[None]") -> memoryview:
-    filled.result()
-    use_batch(batch, where)
-    return where

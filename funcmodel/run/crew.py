@@ -1,5 +1,6 @@
 """A few threads that work for one call and end with it."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from threading import Condition, Thread
 from typing import TypeVar
@@ -29,21 +30,42 @@ class Crew:
 
     def stop(self) -> None:
         """Let nobody take anything more."""
-        self.stopped = True
+        with self._lock:
+            self.stopped = True
+            self._lock.notify_all()
 
-    def together(self, each: Sequence[Callable[[], object]]) -> None:
+    def give(self, shelf: deque[T], one: T) -> None:
+        """Put something where `take` finds it."""
+        with self._lock:
+            shelf.append(one)
+            self._lock.notify_all()
+
+    def take(self, shelf: deque[T]) -> T | None:
+        """What somebody gave, as soon as there is something; None when all is over."""
+        with self._lock:
+            self._lock.wait_for(lambda: shelf or self.stopped)
+            return None if self.stopped else shelf.popleft()
+
+    def together(self, each: Sequence[Callable[[], object]], own: Callable[[], object] | None = None) -> None:
         """Call every function, in a thread of its own where there are several, and wait until all have ended.
+
+        Args:
+            each: the functions.
+            own: what the calling thread does meanwhile; when it has ended, nobody takes anything more.
 
         Raises:
             BaseException: the first error of any of them, or the caller's interrupt. No thread works then.
         """
-        if len(each) == 1:
+        if len(each) == 1 and own is None:
             each[0]()
             return
         crew = [Thread(target=self._take_part, args=(one,)) for one in each]
         try:
             for thread in crew:
                 thread.start()
+            if own is not None:
+                own()
+                self.stop()
             for thread in crew:
                 thread.join()
         finally:
@@ -76,6 +98,17 @@ class Crew:
                 self._lock.notify_all()
 
     def _end(self) -> None:
-        with self._lock:
-            self.stopped = True
-            self._lock.wait_for(lambda: not self._busy)
+        interrupt: BaseException | None = None
+        while True:
+            try:
+                self.stop()
+                with self._lock:
+                    self._lock.wait_for(lambda: not self._busy)
+                break
+            except BaseException as error:  # an interrupt, perhaps the second; nobody may leave while threads work
+                interrupt = error
+        if interrupt is not None:
+            try:
+                raise interrupt
+            finally:
+                del interrupt

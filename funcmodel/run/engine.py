@@ -24,6 +24,7 @@ Job: TypeAlias = "tuple[Source, int, list[memoryview]]"
 RANGE: Final = 16 << 20  # one call reads at most this much
 THREADED: Final = 8 << 20  # less than this is not worth a thread
 IOVECS: Final = 1024  # the kernel's limit
+GAP: Final = 4096  # bytes
 _GLANCE: Final = 256  # so many calls are work for threads, however small
 
 
@@ -112,11 +113,22 @@ def opened(
 
 
 def jobs(file: Source, pieces: Iterable[Piece]) -> Iterator[Job]:
-    """Pieces as calls: what is adjacent in the file goes into one, at most 16 MiB and 1024 buffers each."""
+    """Pieces as calls: what is near in the file goes into one, at most 16 MiB and 1024 buffers each.
+
+    Up to a page that lies between two pieces is read, and forgotten: a disk reads it anyway, and a call costs more.
+    """
     start = end = room = 0
     views: list[memoryview] = []
+    between: memoryview | None = None
+    near = GAP if plain_file(file) is not None else 0  # what a decoder would make of other bytes, nobody knows
     for offset, view in pieces:
         at, size = 0, len(view)
+        gap = offset - end
+        if views and 0 < gap <= near and gap < room and len(views) < IOVECS - 1:
+            between = memoryview(bytearray(GAP)) if between is None else between
+            views.append(between[:gap])
+            room -= gap
+            end += gap
         while at < size:
             if offset + at != end or not room or len(views) == IOVECS:
                 if views:

@@ -24,7 +24,7 @@ from funcmodel.run.engine import opened, read_plain
 from funcmodel.run.evaluator import Evaluator
 from funcmodel.run.files import Digest
 from funcmodel.run.formats import FORMATS, Format
-from funcmodel.run.memory import require_memory
+from funcmodel.run.memory import Occupied, require_memory
 from funcmodel.run.moves import move_box
 
 
@@ -199,12 +199,9 @@ def fill_routed(
     into = {key: check_destination(key, expr, destinations) for key, expr in plan.items()}
     if routes is None:
         routes = _probed(plan, formats, {key: str(t.device) for key, t in into.items()}, "own", route, into="existing")
-    taken = {t.untyped_storage().data_ptr() for t in into.values()}
-    source = {
-        key: t.detach().clone() if t.device.type != "meta" and t.untyped_storage().data_ptr() in taken else t
-        for key, t in (live or {}).items()
-        if isinstance(t, torch.Tensor)
-    }
+    tensors = {key: t for key, t in (live or {}).items() if isinstance(t, torch.Tensor)}
+    taken = Occupied(into.values()) if tensors else None
+    source = {key: t.detach().clone() if taken and taken.touches(t) else t for key, t in tensors.items()}
     with _evaluator(plan, source, formats, digest, routes) as at:
         early = {key: at.tensor(expr) for key, expr in plan.items() if type(expr) is not Read and has_call(expr)}
         for key, expr in plan.items():

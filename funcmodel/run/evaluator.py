@@ -26,6 +26,7 @@ from funcmodel.records.expressions import (
     Take,
 )
 from funcmodel.records.routes import Route, Routing
+from funcmodel.records.tensors import TensorSpec
 from funcmodel.run.boxes import Box, box_of, chunks, ranges, scattered, whole, widened
 from funcmodel.run.checks import LiveTensors, function
 from funcmodel.run.engine import Piece, Source, jobs, perform, plain_file, read_plain
@@ -70,28 +71,32 @@ class Evaluator:
         self._rings: dict[torch.device, Ring] = {}
 
     def mapped(self, wanted: Sequence[tuple[str, Expr]]) -> dict[str, torch.Tensor]:
-        """Tensors that are pages of their files."""
+        """Tensors that are pages of their files; those that read the same bytes are pages of two mappings."""
         found: dict[str, torch.Tensor] = {}
         if not wanted:
             return found
-        from funcmodel.run.mapped import mapping
+        from funcmodel.run.mapped import Mappings
 
-        pages: dict[int, memoryview] = {}
+        mappings: dict[int, Mappings] = {}
+        standing: list[tuple[int, int, str, TensorSpec, Mappings]] = []
         for key, expr in wanted:
             stands = mapped_range(expr)
             spec = expr.spec if type(expr) is Read else spec_of(expr)
-            shape, kind = torch_shape(spec), torch_dtype(spec.dtype)
             if stands is None or not stands[2]:
-                found[key] = torch.empty(shape, dtype=kind, device="cpu")
+                found[key] = torch.empty(torch_shape(spec), dtype=torch_dtype(spec.dtype), device="cpu")
                 continue
-            read, start, _ = stands
-            where = pages.get(id(read.file))
-            if where is None:
+            read, start, size = stands
+            pages = mappings.get(id(read.file))
+            if pages is None:
                 file = plain_file(self.files[read.file])
                 if file is None:
                     raise PlanError(f"{read.file.path} is decoded while it is read and cannot be mapped", keys=(key,))
-                where = pages[id(read.file)] = mapping(file)
-            found[key] = tensor_at(where, start, kind, shape)
+                pages = mappings[id(read.file)] = Mappings(file)
+            standing.append((start, start + size, key, spec, pages))
+        standing.sort(key=itemgetter(0, 1))
+        for start, stop, key, spec, pages in standing:
+            where = pages.apart(start, stop)
+            found[key] = tensor_at(where, start, torch_dtype(spec.dtype), torch_shape(spec))
         return found
 
     def staged(self, wanted: Sequence[tuple[str, Expr]], device: torch.device) -> dict[str, torch.Tensor]:

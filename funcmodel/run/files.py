@@ -200,8 +200,9 @@ def open_regular(path: str | os.PathLike[str], *, root: str | os.PathLike[str] |
     except OSError as error:
         if error.errno == errno.ENXIO:  # a socket, or a FIFO where the flag is not honored
             raise _irregular(name) from error
+        what = "raise the limit (ulimit -n)" if error.errno in (errno.EMFILE, errno.ENFILE) else "check the path"
         raise CheckpointError(
-            f"{name}: cannot be opened ({error.strerror}); check the path", code="OPEN", path=name, errno=error.errno
+            f"{name}: cannot be opened ({error.strerror}); {what}", code="OPEN", path=name, errno=error.errno
         ) from error
     except ValueError as error:  # NUL, or a character that file names cannot hold
         raise CheckpointError(f"{name!r}: is no file name ({error})", code="OPEN", path=name) from error

@@ -1,5 +1,6 @@
 """Files as memory: mapped for those who ask to borrow, or held still while something is computed out of them."""
 
+import errno
 import fcntl
 import mmap
 import os
@@ -11,7 +12,7 @@ from typing import Any, Final
 import torch
 from attrs import define, field
 
-from funcmodel.errors import ChangedError
+from funcmodel.errors import ChangedError, NoMemoryError
 from funcmodel.run.files import SourceFile
 
 _LEASE: Final[int | None] = getattr(fcntl, "F_SETLEASE", None)
@@ -25,6 +26,7 @@ def mapping(file: SourceFile) -> memoryview:
 
     Raises:
         ChangedError: the file is shorter than it was when it was opened.
+        NoMemoryError: the process may not have so many addresses.
     """
     try:
         # By its descriptor, since its name may lead to another file by now.
@@ -37,10 +39,42 @@ def mapping(file: SourceFile) -> memoryview:
                 expected=file.nbytes,
                 found=os.fstat(file.fd).st_size,
             ) from error
-        return memoryview(
-            mmap.mmap(file.fd, file.nbytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-        )
+        try:
+            return memoryview(
+                mmap.mmap(file.fd, file.nbytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            )
+        except OSError as second:
+            if second.errno != errno.ENOMEM:
+                raise
+            raise NoMemoryError(
+                f"{file.path}: its {file.nbytes} bytes cannot be mapped, because the process may not have so much "
+                "address space (ulimit -v); read it into memory of its own in parts",
+                needed=file.nbytes,
+            ) from second
     return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage).numpy().data
+
+
+@define(eq=False)
+class Mappings:
+    """Private mappings of one file: tensors that share bytes of the file share no memory.
+
+    Attributes:
+        file: the file.
+    """
+
+    file: SourceFile
+    _pages: list[memoryview] = field(factory=list, init=False)
+    _taken: list[int] = field(factory=list, init=False)  # up to where each is given away
+
+    def apart(self, start: int, stop: int) -> memoryview:
+        """The file's bytes, of which nobody was given those from `start` to `stop`; asked in ascending order."""
+        for at, taken in enumerate(self._taken):
+            if taken <= start:
+                self._taken[at] = stop
+                return self._pages[at]
+        self._pages.append(mapping(self.file))
+        self._taken.append(stop)
+        return self._pages[-1]
 
 
 @define(eq=False)
@@ -49,7 +83,9 @@ class Held:
 
     Whoever maps a file dies when another process cuts it short. A lease makes the kernel hold such a process back, and
     tell us, until we let go; it is given only while nobody has the file open for writing. Where there are no leases
-    (another system, a network, a file of another user), nothing is mapped.
+    (another system, a network, a file of another user), nothing is mapped. The kernel waits for us no longer than
+    /proc/sys/fs/lease-break-time says, 45 seconds where nobody changed it: who is stopped for longer in the middle of a
+    copy is not protected.
     """
 
     _mapped: dict[int, Any] = field(factory=dict, init=False)
@@ -75,7 +111,10 @@ class Held:
         # It may have been changed between our opening it and the lease; a file of another size must not be touched.
         if os.fstat(file.fd).st_size != file.nbytes:
             return False
-        return mapping(file)
+        try:
+            return mapping(file)
+        except NoMemoryError:  # of addresses; buffers need few
+            return False
 
     def _drop(self, fd: int) -> None:
         self._mapped.pop(fd, None)

@@ -2,6 +2,9 @@
 
 import mmap
 import os
+from bisect import bisect_left
+from collections.abc import Iterable
+from itertools import accumulate
 from types import MappingProxyType
 from typing import Final
 
@@ -80,6 +83,34 @@ def _no_memory(nbytes: int, has: int | None) -> NoMemoryError:
         needed=nbytes,
         available=has,
     )
+
+
+class Occupied:
+    """The memory of some tensors, on every device: what else lies in it?"""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        self._spans: dict[torch.device, list[tuple[int, int]]] = {}
+        for tensor in tensors:
+            self._spans.setdefault(tensor.device, []).append(_storage_span(tensor))
+        for spans in self._spans.values():
+            spans.sort()
+            # Each start with the furthest stop of any span up to it, so that one look answers.
+            stops = accumulate((stop for _, stop in spans), max)
+            spans[:] = [(start, stop) for (start, _), stop in zip(spans, stops, strict=True)]
+
+    def touches(self, tensor: torch.Tensor) -> bool:
+        """Whether the storage of a tensor lies, in part, in that of one of them; tensors on meta lie nowhere."""
+        spans = self._spans.get(tensor.device)
+        if tensor.is_meta or not spans:
+            return False
+        start, stop = _storage_span(tensor)
+        before = bisect_left(spans, (stop, 0))
+        return before > 0 and spans[before - 1][1] > start
+
+
+def _storage_span(tensor: torch.Tensor) -> tuple[int, int]:
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
 
 
 def tensor_at(where: memoryview, start: int, kind: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:

@@ -15,7 +15,7 @@ from funcmodel.run.engine import Source
 from funcmodel.run.evaluate import stream
 from funcmodel.run.files import Digest
 from funcmodel.run.formats import Format
-from funcmodel.run.memory import memory
+from funcmodel.run.memory import memory, tensor_at
 from funcmodel.run.tensors import FROM_TORCH, byte_view
 
 _BUFFER: Final = 8 << 20  # stored bytes pass through a buffer of this size, one for each thread that writes
@@ -131,7 +131,7 @@ def _ranges(reads: Iterable[Read]) -> Iterator[tuple[FileRef, int, int]]:
 def _joined(tensors: Iterable[tuple[torch.Tensor, TensorSpec]]) -> Iterator[list[memoryview]]:
     """The bytes of tensors: small ones copied together into one buffer, large ones as they lie in memory."""
     small: list[torch.Tensor] = []
-    room = torch.empty(_SLAB, dtype=torch.uint8, device="cpu")
+    room = tensor_at(memory(_SLAB), 0, torch.uint8, (_SLAB,))
     last: TensorSpec | None = None
     size = nbytes = 0  # of what waits in `small`, and of one tensor
     even = True
