@@ -1,11 +1,13 @@
 """Reads past the page cache: the same bytes, from any place, in any pieces, and through it where nothing else goes."""
 
+import mmap
 import os
 import tempfile
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -18,6 +20,7 @@ from funcmodel.errors import ChangedError
 from funcmodel.plan.routing import LARGE
 from funcmodel.run.direct import DirectFile
 from funcmodel.run.files import open_regular
+from funcmodel.run.memory import memory
 from tests.test_machine import can_count, evict, resident
 
 BLOCK = 4096
@@ -78,6 +81,33 @@ def test_any_bytes_into_any_pieces(path: Path, content: bytes, span: tuple[int, 
     assert whole == content[start : start + len(whole)]
     assert room[:unaligned] == b"\xee" * unaligned
     assert room[unaligned + len(whole) :] == b"\xee" * 9
+
+
+@few
+@given(span=spans(), shift=st.sampled_from([0, 0, 0, 512, 1]))
+def test_any_bytes_to_where_they_may_go_at_once(
+    path: Path, content: bytes, span: tuple[int, list[int]], shift: int
+) -> None:
+    """So they do into memory that lies in its page as the bytes lie in theirs, from its first byte to its last."""
+    start, sizes = span
+    pages = memoryview(mmap.mmap(-1, 2 * BLOCK + sum(sizes) + shift + 9))
+    pages[:] = b"\xee" * len(pages)
+    lead = start % BLOCK + shift
+    whole = pages[lead : lead + sum(sizes)]
+    with open_regular(path) as file, DirectFile(file) as direct:
+        direct.readv_into([whole], start)
+    assert whole == content[start : start + len(whole)]
+    assert {*pages[:lead], *pages[lead + len(whole) :]} == {0xEE}
+
+
+@pytest.mark.parametrize("nbytes", [1, 1000, 64 << 10, 4 << 20, (4 << 20) + 1, 9 << 20])
+@pytest.mark.parametrize("at", [None, 0, 64, 4095, 4096 + 128, 7])
+def test_memory_lies_as_the_offset_does(nbytes: int, at: int | None) -> None:
+    where = memory(nbytes, at)
+    address = np.frombuffer(where, np.uint8).ctypes.data
+    assert len(where) == nbytes
+    assert address % 64 == 0
+    assert at is None or at % 64 or address % BLOCK == at % BLOCK
 
 
 def test_what_is_read_does_not_stay_in_the_page_cache(tmp_path: Path, content: bytes) -> None:

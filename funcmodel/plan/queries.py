@@ -11,6 +11,7 @@ from funcmodel.core.lowering import leaves, reads
 from funcmodel.core.shapes import spec_of
 from funcmodel.core.wire import BLANK, render_header, with_digests
 from funcmodel.errors import PlanError
+from funcmodel.plan.routing import SPAN
 from funcmodel.records.actions import (
     Assign,
     Initialize,
@@ -217,6 +218,7 @@ def _with_routes(found: Cost, routes: Routing | None, borrowed: int, changed: Co
     scratch = {where: 2 * readers * routes.buffer for where in changed if where.type != "cpu"}
     peak = {where: found.peak.get(where, 0) + scratch.get(where, 0) for where in (*found.peak, *scratch)}
     buffers, pinned = (0, size) if routes.pinned else (size, 0)
+    buffers += routes.threads * SPAN if routes.direct else 0
     cached = sum(size for path, size in found.read.items() if path not in routes.direct)
     return evolve(found, peak=FrozenMap(peak), borrowed=borrowed, buffers=buffers, pinned=pinned, cached=cached)
 

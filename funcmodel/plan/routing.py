@@ -24,6 +24,7 @@ SMALL: Final = 64 << 10  # smaller tensors share a slab
 SLAB: Final = 4 << 20  # which is at most this large
 BUFFER: Final = 4 << 20  # one of the buffers through which passes what cannot be read in place
 PINNED: Final = 8 << 20  # one of those on the way to a device
+SPAN: Final = 8 << 20  # what each thread that reads past the page cache has to itself
 PAGEABLE: Final = 256 << 20  # of less, none of those is pinned
 FEW_PINNED: Final = 4  # up to MANY bytes so many are
 MANY: Final = 1_500_000_000  # and from there on two for each thread

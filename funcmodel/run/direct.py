@@ -1,84 +1,115 @@
 """Reads past the page cache: for large files of which little is in it, and which nobody will soon read again."""
 
-import errno
 import mmap
 import os
 import threading
 from collections.abc import Sequence
+from io import FileIO
 from typing import Final
 
 import numpy as np
 from attrs import define, field
 
+from funcmodel.plan.routing import SPAN
 from funcmodel.run.files import READ, SourceFile
+from funcmodel.run.memory import PAGE
 
-_BLOCK: Final = 4096  # offsets and sizes of direct reads are multiples of it, on every device in use
-_SPAN: Final = 8 << 20
-_LEAST: Final = 1 << 20  # of less, reading through the cache costs no more
-_REFUSED: Final = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP})
+_BLOCK: Final = PAGE  # offsets, sizes and addresses of direct reads are multiples of it, on every device in use
 
 
 @define(eq=False)
 class DirectFile:
     """An open file that is read past the page cache, and through it where the system refuses that.
 
-    The kernel then writes into page-aligned memory only, so bytes pass through one buffer for each thread.
+    The kernel then writes whole blocks, to addresses that are multiples of a block. What is wanted at an address that
+    lies in its block as the bytes lie in theirs goes there at once, but for its ends; all else passes through pages of
+    `SPAN` bytes, which each thread has for itself.
 
     Attributes:
         file: the file.
     """
 
     file: SourceFile
-    _fd: int = field(default=-1, init=False)
+    _open: list[FileIO] = field(factory=list, init=False)
     _own: threading.local = field(factory=threading.local, init=False)
 
     def __enter__(self) -> "DirectFile":
         try:
-            self._fd = os.open(f"/proc/self/fd/{self.file.fd}", READ | os.O_DIRECT)
+            # One step, as in `open_regular`: no interrupt leaves a descriptor that nobody closes.
+            name = f"/proc/self/fd/{self.file.fd}"
+            self._open.extend(map(FileIO, map(os.open, (name,), (READ | os.O_DIRECT,))))
         except OSError:
-            self._fd = -1  # no such system, no such file system: as any other file
+            pass  # no such system, no such file system: as any other file
         return self
 
     def __exit__(self, *_: object) -> None:
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        while self._open:
+            self._open.pop().close()
 
     def readv_into(self, buffers: Sequence[memoryview], offset: int) -> None:
         """As `SourceFile.readv_into`."""
-        if self._fd < 0 or sum(map(len, buffers)) < _LEAST:
+        if not self._open:
             self.file.readv_into(buffers, offset)
             return
-        for buffer in buffers:
-            self._read(buffer, offset)
-            offset += len(buffer)
-
-    def _read(self, buffer: memoryview, offset: int) -> None:
-        span = self._span()
-        done = 0
-        while done < len(buffer):
-            start = (offset + done) & -_BLOCK
-            skipped = offset + done - start
-            wanted = min(len(span), skipped + len(buffer) - done)
-            try:
-                got = os.preadv(self._fd, [span[: -(-wanted // _BLOCK) * _BLOCK]], start)
-            except OSError as error:
-                if error.errno not in _REFUSED:
-                    # Through the cache once more: a block that cannot be read is reported as everywhere else.
-                    self.file.read_into(buffer[done:], offset + done)
-                    return
-                got = 0
-            fresh = min(got, wanted) - skipped
-            if fresh <= 0:  # refused, or the end of a file that was cut short
-                self.file.read_into(buffer[done:], offset + done)
+        if len(buffers) == 1:
+            (buffer,) = buffers
+            first, last = -(-offset // _BLOCK) * _BLOCK, (offset + len(buffer)) // _BLOCK * _BLOCK
+            if first < last and (_address(buffer) - offset) % _BLOCK == 0:
+                head, middle, tail = (
+                    buffer[start - offset : stop - offset]
+                    for start, stop in ((offset, first), (first, last), (last, offset + len(buffer)))
+                )
+                self._through([head], offset)
+                done = 0
+                while done < len(middle) and (got := self._direct(middle[done:], first + done) // _BLOCK * _BLOCK):
+                    done += got
+                if done < len(middle):
+                    self.file.read_into(middle[done:], first + done)
+                self._through([tail], last)
                 return
-            # Not by memoryviews: their copy would keep every other thread from running.
-            np.copyto(np.frombuffer(buffer, np.uint8, fresh, done), np.frombuffer(span, np.uint8, fresh, skipped))
-            done += fresh
+        self._through(buffers, offset)
 
-    def _span(self) -> memoryview:
+    def _through(self, buffers: Sequence[memoryview], offset: int) -> None:
+        """Read buffers, one after the other, by way of this thread's pages."""
+        stop = offset + sum(map(len, buffers))
+        waiting = [buffer for buffer in reversed(buffers) if len(buffer)]
+        span = self._span() if waiting else None
+        while offset < stop:
+            start = offset // _BLOCK * _BLOCK
+            got = 0 if span is None else self._direct(span[: -(-(stop - start) // _BLOCK) * _BLOCK], start)
+            fresh = min(start + got, stop) - offset
+            if fresh <= 0 or span is None:  # refused, or the end of a file that was cut short
+                self.file.readv_into(waiting[::-1], offset)
+                return
+            at = offset - start
+            offset += fresh
+            while fresh:
+                buffer = waiting.pop()
+                size = min(fresh, len(buffer))
+                # Not by memoryviews: their copy would keep every other thread from running.
+                np.copyto(np.frombuffer(buffer, np.uint8, size), np.frombuffer(span, np.uint8, size, at))
+                at += size
+                fresh -= size
+                if size < len(buffer):
+                    waiting.append(buffer[size:])
+
+    def _direct(self, where: memoryview, start: int) -> int:
+        """How many bytes were read. None where the system refuses; through the cache it says why."""
+        try:
+            return os.preadv(self._open[0].fileno(), [where], start)
+        except OSError:
+            return 0
+
+    def _span(self) -> memoryview | None:
         found = getattr(self._own, "span", None)
         if found is None:
-            pages = mmap.mmap(-1, _SPAN, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            try:
+                pages = mmap.mmap(-1, SPAN, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            except OSError:
+                return None  # of memory
             found = self._own.span = memoryview(pages)
         return found
+
+
+def _address(buffer: memoryview) -> int:
+    return int(np.frombuffer(buffer, np.uint8).ctypes.data)

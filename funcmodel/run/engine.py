@@ -226,7 +226,8 @@ def read_plain(
     for ref, entries in by_file.values():
         pieces: list[Piece] = []
         work.append((files[ref], pieces))
-        slab = _place(sorted(entries, key=itemgetter(0)), pieces, slab, found, routes)
+        past_cache = plain_file(files[ref]) not in (None, files[ref])
+        slab = _place(sorted(entries, key=itemgetter(0)), pieces, slab, found, routes, past_cache)
     if slab.members:
         slab.allocate(found)
     for _, pieces in work:
@@ -241,6 +242,7 @@ def _place(
     slab: _Slab,
     found: dict[str, torch.Tensor],
     routes: Mapping[str, Route],
+    past_cache: bool,
 ) -> _Slab:
     """Give every tensor of one file its memory, in file order; the slab is handed on to the next file."""
     first = size = end = 0  # the run of small tensors that is being collected: it lies in memory as it lies in the file
@@ -251,7 +253,7 @@ def _place(
             found[key] = torch.empty(layout.shape, dtype=layout.kind, device="cpu")
             continue
         if routes[key] != "slab":
-            where = memory(nbytes)
+            where = memory(nbytes, offset if past_cache else None)
             found[key] = tensor_at(where, 0, layout.kind, layout.shape)
             pieces.append((offset, where))
             continue
