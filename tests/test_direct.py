@@ -20,7 +20,7 @@ from funcmodel.errors import ChangedError
 from funcmodel.plan.routing import LARGE
 from funcmodel.run.direct import DirectFile
 from funcmodel.run.files import open_regular
-from funcmodel.run.memory import memory
+from funcmodel.run.memory import PAGE, memory
 from tests.test_machine import can_count, evict, resident
 
 BLOCK = 4096
@@ -88,26 +88,23 @@ def test_any_bytes_into_any_pieces(path: Path, content: bytes, span: tuple[int, 
 def test_any_bytes_to_where_they_may_go_at_once(
     path: Path, content: bytes, span: tuple[int, list[int]], shift: int
 ) -> None:
-    """So they do into memory that lies in its page as the bytes lie in theirs, from its first byte to its last."""
-    start, sizes = span
-    pages = memoryview(mmap.mmap(-1, 2 * BLOCK + sum(sizes) + shift + 9))
+    """So they do into memory that starts on a page, from its first byte to its last."""
+    start, size = span[0] // BLOCK * BLOCK, sum(span[1])
+    pages = memoryview(mmap.mmap(-1, BLOCK + size + shift + 9))
     pages[:] = b"\xee" * len(pages)
-    lead = start % BLOCK + shift
-    whole = pages[lead : lead + sum(sizes)]
+    whole = pages[shift : shift + size]
     with open_regular(path) as file, DirectFile(file) as direct:
         direct.readv_into([whole], start)
-    assert whole == content[start : start + len(whole)]
-    assert {*pages[:lead], *pages[lead + len(whole) :]} == {0xEE}
+    assert whole == content[start : start + size]
+    assert {*pages[:shift], *pages[shift + size :]} == {0xEE}
 
 
 @pytest.mark.parametrize("nbytes", [1, 1000, 64 << 10, 4 << 20, (4 << 20) + 1, 9 << 20])
-@pytest.mark.parametrize("at", [None, 0, 64, 4095, 4096 + 128, 7])
-def test_memory_lies_as_the_offset_does(nbytes: int, at: int | None) -> None:
-    where = memory(nbytes, at)
-    address = np.frombuffer(where, np.uint8).ctypes.data
+@pytest.mark.parametrize("step", [64, PAGE])
+def test_memory_starts_where_it_should(nbytes: int, step: int) -> None:
+    where = memory(nbytes, step)
     assert len(where) == nbytes
-    assert address % 64 == 0
-    assert at is None or at % 64 or address % BLOCK == at % BLOCK
+    assert np.frombuffer(where, np.uint8).ctypes.data % step == 0
 
 
 def test_what_is_read_does_not_stay_in_the_page_cache(tmp_path: Path, content: bytes) -> None:

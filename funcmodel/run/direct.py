@@ -21,9 +21,8 @@ _BLOCK: Final = PAGE  # offsets, sizes and addresses of direct reads are multipl
 class DirectFile:
     """An open file that is read past the page cache, and through it where the system refuses that.
 
-    The kernel then writes whole blocks, to addresses that are multiples of a block. What is wanted at an address that
-    lies in its block as the bytes lie in theirs goes there at once, but for its ends; all else passes through pages of
-    `SPAN` bytes, which each thread has for itself.
+    The kernel then writes whole blocks, to addresses that are multiples of a block. Where file and memory both start on
+    one, bytes go there at once; all else passes through `SPAN` bytes of memory, which each thread has for itself.
 
     Attributes:
         file: the file.
@@ -51,22 +50,13 @@ class DirectFile:
         if not self._open:
             self.file.readv_into(buffers, offset)
             return
-        if len(buffers) == 1:
+        if len(buffers) == 1 and offset % _BLOCK == 0 and _address(buffers[0]) % _BLOCK == 0:
             (buffer,) = buffers
-            first, last = -(-offset // _BLOCK) * _BLOCK, (offset + len(buffer)) // _BLOCK * _BLOCK
-            if first < last and (_address(buffer) - offset) % _BLOCK == 0:
-                head, middle, tail = (
-                    buffer[start - offset : stop - offset]
-                    for start, stop in ((offset, first), (first, last), (last, offset + len(buffer)))
-                )
-                self._through([head], offset)
-                done = 0
-                while done < len(middle) and (got := self._direct(middle[done:], first + done) // _BLOCK * _BLOCK):
-                    done += got
-                if done < len(middle):
-                    self.file.read_into(middle[done:], first + done)
-                self._through([tail], last)
-                return
+            whole, done = len(buffer) // _BLOCK * _BLOCK, 0
+            while done < whole and (got := self._direct(buffer[done:whole], offset + done) // _BLOCK * _BLOCK):
+                done += got
+            if done == whole:
+                buffers, offset = (buffer[whole:],), offset + whole
         self._through(buffers, offset)
 
     def _through(self, buffers: Sequence[memoryview], offset: int) -> None:
@@ -104,7 +94,8 @@ class DirectFile:
         found = getattr(self._own, "span", None)
         if found is None:
             try:
-                pages = mmap.mmap(-1, SPAN, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                # Room for what else the first and the last block hold: a few bytes left over would be a read of their own.
+                pages = mmap.mmap(-1, SPAN + 2 * _BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             except OSError:
                 return None  # of memory
             found = self._own.span = memoryview(pages)

@@ -15,7 +15,7 @@ from funcmodel.records.routes import Route
 from funcmodel.run.crew import Crew
 from funcmodel.run.files import Digest, SourceFile
 from funcmodel.run.formats import Format, ReadRange, format_named, open_source, range_reader
-from funcmodel.run.memory import ALIGNED, memory, tensor_at
+from funcmodel.run.memory import ALIGNED, PAGE, memory, tensor_at
 from funcmodel.run.tensors import torch_dtype, torch_shape
 
 Piece: TypeAlias = tuple[int, memoryview]
@@ -253,7 +253,7 @@ def _place(
             found[key] = torch.empty(layout.shape, dtype=layout.kind, device="cpu")
             continue
         if routes[key] != "slab":
-            where = memory(nbytes, offset if past_cache else None)
+            where = memory(nbytes, PAGE if past_cache else ALIGNED)
             found[key] = tensor_at(where, 0, layout.kind, layout.shape)
             pieces.append((offset, where))
             continue

@@ -30,26 +30,25 @@ _NATIVE: Final = MappingProxyType({getattr(torch, name): np.dtype(name) for name
 _CARRIER: Final = MappingProxyType({size: np.dtype(f"uint{8 * size}") for size in (1, 2, 4, 8)})
 
 
-def memory(nbytes: int, at: int | None = None) -> memoryview:
-    """Fresh writable memory that starts at a multiple of 64 and lives as long as a view of it does; not zeroed.
+def memory(nbytes: int, step: int = ALIGNED) -> memoryview:
+    """Fresh writable memory that lives as long as a view of it does; not zeroed.
 
     Args:
         nbytes: how much.
-        at: an offset in a file; where it is a multiple of 64, the memory lies in its page as the offset lies in its.
+        step: it starts at a multiple of this, 64 or `PAGE`.
 
     Raises:
         NoMemoryError: the machine has not so much.
     """
     try:
-        lead, step = (0, ALIGNED) if at is None or at % ALIGNED else (at % PAGE, PAGE)
         if _PAGES <= nbytes <= _HEAP:
-            return memoryview(_pages(lead + nbytes))[lead:]
+            return memoryview(_pages(nbytes))
         # numpy asks for pages of 2 MiB from 4 MiB on, as we do below. It takes from the heap, whose pages a process
         # that loads once more need not fault in again; smaller blocks there would keep the heap from shrinking.
         spare = np.empty(nbytes + step, np.uint8)
     except (MemoryError, ValueError, OSError) as error:
         raise _no_memory(nbytes, None) from error
-    start = (lead - spare.__array_interface__["data"][0]) % step
+    start = -spare.__array_interface__["data"][0] % step
     return spare.data[start : start + nbytes]
 
 
