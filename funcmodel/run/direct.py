@@ -94,7 +94,7 @@ class DirectFile:
         found = getattr(self._own, "span", None)
         if found is None:
             try:
-                # Room for what else the first and the last block hold: a few bytes left over would be a read of their own.
+                # With room for the rest of the first and the last block, or a few bytes would be a read of their own.
                 pages = mmap.mmap(-1, SPAN + 2 * _BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             except OSError:
                 return None  # of memory
