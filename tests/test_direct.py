@@ -107,6 +107,13 @@ def test_memory_starts_where_it_should(nbytes: int, step: int) -> None:
     assert np.frombuffer(where, np.uint8).ctypes.data % step == 0
 
 
+@pytest.mark.parametrize("buffers", [[], [memoryview(bytearray())], [memoryview(bytearray())] * 3])
+def test_nothing_is_wanted(path: Path, buffers: list[memoryview]) -> None:
+    with open_regular(path) as file, DirectFile(file) as direct:
+        direct.readv_into(buffers, 0)
+        direct.readv_into(buffers, SIZE)
+
+
 def test_what_is_read_does_not_stay_in_the_page_cache(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "bytes"
     path.write_bytes(content)

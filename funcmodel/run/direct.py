@@ -47,11 +47,11 @@ class DirectFile:
 
     def readv_into(self, buffers: Sequence[memoryview], offset: int) -> None:
         """As `SourceFile.readv_into`."""
-        if not self._open:
+        if not self._open or not buffers:
             self.file.readv_into(buffers, offset)
             return
-        if len(buffers) == 1 and offset % _BLOCK == 0 and _address(buffers[0]) % _BLOCK == 0:
-            (buffer,) = buffers
+        buffer = buffers[0]
+        if len(buffers) == 1 and len(buffer) >= _BLOCK and not offset % _BLOCK and not _address(buffer) % _BLOCK:
             whole, done = len(buffer) // _BLOCK * _BLOCK, 0
             while done < whole and (got := self._direct(buffer[done:whole], offset + done) // _BLOCK * _BLOCK):
                 done += got
