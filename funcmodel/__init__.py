@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from funcmodel.plan.diff import diff as diff
     from funcmodel.plan.loading import checked as checked
     from funcmodel.plan.loading import plan_load as plan_load
+    from funcmodel.plan.origins import origins as origins
     from funcmodel.plan.parallel import chunk as chunk
     from funcmodel.plan.parallel import tp_slice as tp_slice
     from funcmodel.plan.prefixes import Alignment as Alignment
@@ -74,7 +75,6 @@ if TYPE_CHECKING:
     from funcmodel.plan.queries import footprint as footprint
     from funcmodel.plan.queries import nbytes as nbytes
     from funcmodel.plan.queries import num_parameters as num_parameters
-    from funcmodel.plan.queries import origins as origins
     from funcmodel.plan.resize import Normal as Normal
     from funcmodel.plan.resize import resize_rows as resize_rows
     from funcmodel.plan.resize import resized as resized
@@ -235,9 +235,10 @@ _HOMES: Final = MappingProxyType(
         "funcmodel.plan.describe": ("describe", "fold"),
         "funcmodel.plan.diff": ("Diff", "diff"),
         "funcmodel.plan.loading": ("checked", "plan_load"),
+        "funcmodel.plan.origins": ("origins",),
         "funcmodel.plan.parallel": ("chunk", "tp_slice"),
         "funcmodel.plan.prefixes": ("Alignment", "aligned", "alignment"),
-        "funcmodel.plan.queries": ("cost", "footprint", "nbytes", "num_parameters", "origins"),
+        "funcmodel.plan.queries": ("cost", "footprint", "nbytes", "num_parameters"),
         "funcmodel.plan.resize": ("Normal", "resize_rows", "resized"),
         "funcmodel.plan.restored": ("restored",),
         "funcmodel.plan.routing": ("routed", "routing"),

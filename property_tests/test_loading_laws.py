@@ -15,7 +15,8 @@ from torch import nn
 from funcmodel.core.shapes import spec_of
 from funcmodel.errors import KeyMismatchError, PlacementError, PlanError
 from funcmodel.plan.loading import checked, plan_load
-from funcmodel.plan.queries import cost, footprint, num_parameters, origins
+from funcmodel.plan.origins import origins
+from funcmodel.plan.queries import cost, footprint, num_parameters
 from funcmodel.records.actions import Assign, Initialize, Move, Offload, Tie
 from funcmodel.records.devices import CPU, Device
 from funcmodel.records.expressions import Expr, FileRef, Read
@@ -353,7 +354,9 @@ from funcmodel.plan.sharding import plan_shards
 from funcmodel.plan.codec import from_json, to_json
 from funcmodel.plan.describe import describe
 from funcmodel.plan.diff import diff
-from funcmodel.plan.queries import cost, origins
+from funcmodel.plan.origins import origins
+from funcmodel.plan.queries import cost
+from funcmodel.plan.origins import origins
 from funcmodel.records.devices import CPU
 from funcmodel.records.expressions import FileRef, Read
 from funcmodel.records.module import ModuleSpec, ParamSpec, TiedGroup

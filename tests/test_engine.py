@@ -11,11 +11,13 @@ from attrs import evolve
 from safetensors.torch import save_file
 
 from funcmodel.errors import ChangedError, PlanError, StalePlanError, TruncatedError
-from funcmodel.plan.routing import SLAB, SMALL, routing
+from funcmodel.plan.queries import cost, nbytes
+from funcmodel.plan.routing import GAP, SLAB, SMALL, routing
 from funcmodel.records.expressions import Read
+from funcmodel.records.plans import StateDictPlan
 from funcmodel.run.boxes import CHUNK, chunks, counts, ranges, whole, widened
-from funcmodel.run.engine import GAP, IOVECS, RANGE, _Decoded, jobs, opened, perform, read_plain
-from funcmodel.run.files import open_regular
+from funcmodel.run.engine import IOVECS, RANGE, _Decoded, jobs, opened, perform, read_plain
+from funcmodel.run.files import SourceFile, open_regular
 from funcmodel.run.formats import FORMATS
 from funcmodel.run.memory import memory
 from funcmodel.run.scan import scan
@@ -59,12 +61,8 @@ def test_adjacent_pieces_share_a_call_up_to_its_limits(tmp_path):
     with open_regular(path) as file:
         many = [(i, memory(1)) for i in range(IOVECS + 1)]
         assert [(at, len(views)) for _, at, views in jobs(file, many)] == [(0, IOVECS), (IOVECS, 1)]
-        apart = [(0, memory(4)), (4, memory(4)), (8 + GAP + 1, memory(4))]
-        assert [(at, len(views)) for _, at, views in jobs(file, apart)] == [(0, 2), (8 + GAP + 1, 1)]
-        near = [(0, memory(4)), (4 + GAP, memory(4)), (8 + GAP + 1, memory(4))]
-        assert [(at, [*map(len, views)]) for _, at, views in jobs(file, near)] == [(0, [4, GAP, 4, 1, 4])]
-        edge = [(0, memory(RANGE - 8)), (RANGE, memory(4))]  # no room is left behind the gap
-        assert [at for _, at, _ in jobs(file, edge)] == [0, RANGE]
+        apart = [(0, memory(4)), (4, memory(4)), (9, memory(4))]
+        assert [(at, len(views)) for _, at, views in jobs(file, apart)] == [(0, 2), (9, 1)]
         big = [(5, memory(RANGE)), (5 + RANGE, memory(RANGE + 7))]
         assert [(at, sum(map(len, views))) for _, at, views in jobs(file, big)] == [
             (5, RANGE),
@@ -75,21 +73,40 @@ def test_adjacent_pieces_share_a_call_up_to_its_limits(tmp_path):
         assert [at for _, at, _ in jobs(file, again)] == [0, 0]
 
 
-def test_what_lies_between_two_pieces_reaches_nobody(tmp_path):
-    path = tmp_path / "bytes"
-    content = os.urandom(1 << 20)
-    path.write_bytes(content)
+class Counted:
+    """A source that remembers its calls."""
+
+    def __init__(self, file: SourceFile) -> None:
+        self.file = file
+        self.calls: list[tuple[int, int]] = []
+
+    def readv_into(self, buffers, offset) -> None:
+        self.calls.append((offset, sum(map(len, buffers))))
+        self.file.readv_into(buffers, offset)
+
+
+def test_what_lies_between_small_tensors_is_read_with_them_and_reaches_nobody(tmp_path):
     rng = random.Random(0)
-    starts = sorted(rng.sample(range(0, len(content) - 256, 256), 900))
-    pieces = [(start, memory(rng.randrange(1, 257))) for start in starts]
-    with open_regular(path) as file:
-        calls = [*jobs(file, pieces)]
-        perform(calls, 3)
-        decoded = jobs(_Decoded(file, lambda *_: None), pieces)  # where other bytes may mean nothing
-        assert [view for _, _, views in decoded for view in views] == [view for _, view in pieces]
-    assert len(calls) < len(pieces) / 10
-    for start, where in pieces:
-        assert where == content[start : start + len(where)]
+    tensors = {f"{i:03d}": torch.full((rng.choice([0, 1, 100, 700]),), float(i)) for i in range(900)}
+    reads = stored(tmp_path / "m.safetensors", tensors)
+    wanted = [(key, read) for key, read in reads if rng.random() < 0.4]
+    plan = StateDictPlan(dict(wanted))
+    slabs = dict.fromkeys(plan, "slab")
+    (ref,) = {read.file for _, read in wanted}
+    calls = []
+    with open_regular(ref.path) as file:
+        for between in (0, GAP):
+            source = Counted(file)
+            found = read_plain(wanted, {ref: source}, slabs, 1, between)
+            assert all(torch.equal(found[key], tensors[key]) for key in plan)
+            calls.append(source.calls)
+        decoded = _Decoded(file, lambda source, buffer, offset: source.readv_into([buffer], offset))
+        found = read_plain(wanted, {ref: decoded}, slabs, 1, GAP)  # where other bytes may mean nothing
+        assert all(torch.equal(found[key], tensors[key]) for key in plan)
+    alone, together = calls
+    assert sum(size for _, size in alone) == nbytes(plan)
+    assert sum(size for _, size in together) == cost(plan).read[ref.path] > nbytes(plan)
+    assert len(together) < len(alone) / 2
 
 
 def test_many_ranges_are_read_by_several_threads_and_all_arrive(tmp_path):

@@ -5,7 +5,8 @@ import pytest
 from funcmodel.core import build
 from funcmodel.errors import PlanError
 from funcmodel.plan.loading import plan_load
-from funcmodel.plan.queries import cost, footprint, nbytes, num_parameters, origins
+from funcmodel.plan.origins import origins
+from funcmodel.plan.queries import cost, footprint, nbytes, num_parameters
 from funcmodel.plan.saving import plan_save
 from funcmodel.records.actions import Assign, Initialize, Offload, WriteShard
 from funcmodel.records.devices import CPU, DISK, Device

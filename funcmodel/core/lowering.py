@@ -95,6 +95,26 @@ def _source(expr: Expr) -> Expr:
     return expr
 
 
+def nodes(expr: Expr) -> Iterator[Expr]:
+    """`expr` and every expression below it, also below opaque nodes, left to right, as often as it occurs.
+
+    Example:
+        >>> from funcmodel.core.build import cast, live
+        >>> from funcmodel.records.tensors import TensorSpec
+        >>> [type(node).__name__ for node in nodes(cast(live("x", TensorSpec([4, 2], "float32")), "bfloat16"))]
+        ['Cast', 'Live']
+    """
+    pending = [expr]
+    while pending:
+        node = pending.pop()
+        yield node
+        match node:
+            case Index(of) | Permute(of) | Take(of) | Reshape(of) | Cast(of):
+                pending.append(of)
+            case Concat(parts) | Stack(parts) | Call(_, parts):
+                pending.extend(reversed(parts))
+
+
 def leaves(expr: Expr) -> Iterator[Leaf]:
     """Every leaf of `expr`, also below opaque nodes, left to right, as often as it occurs.
 
@@ -105,15 +125,7 @@ def leaves(expr: Expr) -> Iterator[Leaf]:
         >>> [leaf.key for leaf in leaves(stack([x, x]))]
         ['x', 'x']
     """
-    pending = [expr]
-    while pending:
-        match pending.pop():
-            case Read() | Live() | Full() | Noise() as leaf:
-                yield leaf
-            case Index(of) | Permute(of) | Take(of) | Reshape(of) | Cast(of):
-                pending.append(of)
-            case Concat(parts) | Stack(parts) | Call(_, parts):
-                pending.extend(reversed(parts))
+    return (node for node in nodes(expr) if isinstance(node, Read | Live | Full | Noise))
 
 
 def reads(expr: Expr) -> Iterator[tuple[Read, Box]]:

@@ -42,6 +42,17 @@ def spec_of(expr: Expr) -> TensorSpec:
     return shared_spec(tuple(shape_of(expr)), dtype_of(expr))
 
 
+def nbytes_of(expr: Expr) -> int:
+    """Bytes of the tensor that `expr` stands for.
+
+    Example:
+        >>> from funcmodel.records.expressions import Live
+        >>> nbytes_of(Live("x", TensorSpec([4, 3], "float32")))
+        48
+    """
+    return expr.spec.nbytes if type(expr) is Read else spec_of(expr).nbytes
+
+
 def shape_of(expr: Expr) -> tuple[int, ...]:
     """Shape of the tensor that `expr` stands for, without making a spec.
 

@@ -1,17 +1,19 @@
-"""Questions to plans and specs: how many bytes, how many parameters, what it costs, where every leaf comes from."""
+"""Questions to plans and specs: how many bytes, how many parameters, and what applying takes."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import pairwise
 from math import prod
+from operator import itemgetter
 from typing import Final, Literal, assert_never
 
 from attrs import evolve
 
 from funcmodel.core.index import render_index
-from funcmodel.core.lowering import leaves, reads
-from funcmodel.core.shapes import spec_of
+from funcmodel.core.lowering import nodes, reads
+from funcmodel.core.shapes import nbytes_of, spec_of
 from funcmodel.core.wire import BLANK, render_header, with_digests
 from funcmodel.errors import PlanError
-from funcmodel.plan.routing import SPAN
+from funcmodel.plan.routing import GAP, SMALL, SPAN
 from funcmodel.records.actions import (
     Assign,
     Initialize,
@@ -26,12 +28,15 @@ from funcmodel.records.actions import (
     WriteText,
 )
 from funcmodel.records.devices import CPU, DISK, Device, device
-from funcmodel.records.expressions import Call, Expr, Full, Live, Noise, Read, Reshape
+from funcmodel.records.expressions import Call, Expr, Live, Noise, Read, Reshape
 from funcmodel.records.mapping import FrozenMap
 from funcmodel.records.module import ModuleSpec, ParamSpec
 from funcmodel.records.plans import LoadPlan, SavePlan, StateDictPlan
-from funcmodel.records.reports import Cost, Origin, OriginKind
-from funcmodel.records.routes import Routing
+from funcmodel.records.reports import Cost
+from funcmodel.records.routes import Route, Routing
+
+WRITTEN: Final = 16 << 20  # bytes of buffers for a file that is being written
+WRITERS: Final = 8  # so many at once, at most
 
 
 def nbytes(plan: Mapping[str, Expr]) -> int:
@@ -45,11 +50,7 @@ def nbytes(plan: Mapping[str, Expr]) -> int:
         >>> nbytes(StateDictPlan({"w": Live("w", TensorSpec([2, 3], "bfloat16"))}))
         12
     """
-    return sum(_spec_nbytes(expr) for expr in plan.values())
-
-
-def _spec_nbytes(expr: Expr) -> int:
-    return expr.spec.nbytes if type(expr) is Read else spec_of(expr).nbytes
+    return sum(nbytes_of(expr) for expr in plan.values())
 
 
 def num_parameters(of: ModuleSpec | Mapping[str, Expr], *, which: Literal["all", "trainable"] = "all") -> int:
@@ -97,9 +98,6 @@ def _owned(spec: ModuleSpec) -> Iterator[tuple[str, ParamSpec]]:
 
 # -- cost --------------------------------------------------------------------------------------------------------------
 
-WRITTEN: Final = 16 << 20  # bytes of buffers for a file that is being written
-WRITERS: Final = 8  # so many at once, at most
-
 
 def cost(plan: StateDictPlan | LoadPlan | SavePlan, *, on: object = "cpu", routes: Routing | None = None) -> Cost:
     """What applying a plan takes, in bytes: a promise.
@@ -127,8 +125,10 @@ def cost(plan: StateDictPlan | LoadPlan | SavePlan, *, on: object = "cpu", route
         case StateDictPlan():
             home = device(on)
             way = {} if routes is None else routes.routes
-            lent = sum(_spec_nbytes(expr) for key, expr in plan.items() if way.get(key) == "map")
-            found = _cost(plan.values(), {home: nbytes(plan) - lent}, max(map(_aside, plan.values()), default=0))
+            lent = sum(nbytes_of(expr) for key, expr in plan.items() if way.get(key) == "map")
+            shared = [expr for key, expr in plan.items() if _shares(expr, home, way.get(key))]
+            aside = max(map(_aside, plan.values()), default=0)
+            found = _cost(plan.values(), shared, {home: nbytes(plan) - lent}, aside)
             changed = {home} if any(type(expr) is not Read for expr in plan.values()) else set[Device]()
             return _with_routes(found, routes, lent, changed)
         case LoadPlan():
@@ -140,7 +140,11 @@ def cost(plan: StateDictPlan | LoadPlan | SavePlan, *, on: object = "cpu", route
 
 
 def _cost(
-    exprs: Iterable[Expr], held: Mapping[Device, int], aside: int, more: Mapping[Device, int] | None = None
+    exprs: Iterable[Expr],
+    shared: Iterable[Expr],
+    held: Mapping[Device, int],
+    aside: int,
+    more: Mapping[Device, int] | None = None,
 ) -> Cost:
     peak = dict(held)
     for where, size in (*(more or {}).items(), (CPU, aside)):
@@ -148,6 +152,8 @@ def _cost(
             peak[where] = peak.get(where, 0) + size
     peak.pop(DISK, None)
     read = _read(exprs)
+    for path, size in _between(shared).items():
+        read[path] += size
     return Cost(read=FrozenMap(read), held=FrozenMap(held), peak=FrozenMap(peak), cached=sum(read.values()))
 
 
@@ -164,14 +170,35 @@ def _read(exprs: Iterable[Expr]) -> dict[str, int]:
     return total
 
 
+def _shares(expr: Expr, home: Device, route: Route | None) -> bool:
+    """Whether a tensor shares its memory with other small ones, and is read together with what lies between them."""
+    if type(expr) is not Read or home.type != "cpu":
+        return False
+    return expr.spec.nbytes < SMALL if route is None else route == "slab"
+
+
+def _between(shared: Iterable[Expr]) -> dict[str, int]:
+    """Bytes per file that lie between tensors that are read together, and are read with them."""
+    places: dict[str, list[tuple[int, int]]] = {}
+    for expr in shared:
+        if type(expr) is Read and expr.spec.nbytes:
+            places.setdefault(expr.file.path, []).append((expr.offset, expr.spec.nbytes))
+    found = dict.fromkeys(places, 0)
+    for path, stored in places.items():
+        stored.sort(key=itemgetter(0))
+        for (start, size), (following, _) in pairwise(stored):
+            gap = following - start - size
+            if 0 < gap <= GAP:
+                found[path] += gap
+    return found
+
+
 def _aside(expr: Expr) -> int:
     """The largest number of bytes that one part of `expr` needs beside the destination."""
     if type(expr) is Read or type(expr) is Live:
         return 0
     largest = 0
-    pending = [expr]
-    while pending:
-        node = pending.pop()
+    for node in nodes(expr):
         match node:
             case Call(_, args, spec):
                 largest = max(largest, spec.nbytes + sum(spec_of(arg).nbytes for arg in args))
@@ -179,26 +206,7 @@ def _aside(expr: Expr) -> int:
                 largest = max(largest, spec.numel * 4)
             case Reshape(of):
                 largest = max(largest, spec_of(of).nbytes)
-        pending.extend(children_of(node))
     return largest
-
-
-def children_of(expr: Expr) -> tuple[Expr, ...]:
-    """The expressions directly below one.
-
-    Example:
-        >>> from funcmodel.records.expressions import Cast
-        >>> from funcmodel.records.tensors import TensorSpec
-        >>> children_of(Cast(Live("w", TensorSpec([2], "float32")), "bfloat16"))
-        (Live(key='w', spec=[2] float32),)
-    """
-    match expr:
-        case Read() | Live() | Full() | Noise():
-            return ()
-        case Call(args=parts):
-            return parts
-    inner = getattr(expr, "of", None)
-    return expr.parts if inner is None else (inner,)  # type: ignore[union-attr]
 
 
 def _with_routes(found: Cost, routes: Routing | None, borrowed: int, changed: Collection[Device]) -> Cost:
@@ -226,6 +234,7 @@ def _with_routes(found: Cost, routes: Routing | None, borrowed: int, changed: Co
 def _load_cost(plan: LoadPlan) -> Cost:
     held: dict[Device, int] = {}
     exprs: list[Expr] = []
+    shared: list[Expr] = []
     aside = borrowed = 0
     changed: set[Device] = set()
     way = {} if plan.routing is None else plan.routing.routes
@@ -237,19 +246,21 @@ def _load_cost(plan: LoadPlan) -> Cost:
             borrowed += size
         elif size:
             held[where] = held.get(where, 0) + size
+        if type(action) is Assign and _shares(action.expr, where, way.get(action.key)):
+            shared.append(action.expr)
         if expr is not None:
             exprs.append(expr)
-            aside = max(aside, _aside(expr) + (_spec_nbytes(expr) if isinstance(action, Tie) else 0))
-    return _with_routes(_cost(exprs, held, aside, plan.replaced), plan.routing, borrowed, changed)
+            aside = max(aside, _aside(expr) + (nbytes_of(expr) if isinstance(action, Tie) else 0))
+    return _with_routes(_cost(exprs, shared, held, aside, plan.replaced), plan.routing, borrowed, changed)
 
 
 def _held(action: LoadAction) -> tuple[Device, int, Expr | None]:
     """Device and bytes that an action leaves allocated, and what it reads."""
     match action:
         case Assign(_, expr, where):
-            return where, _spec_nbytes(expr), expr
+            return where, nbytes_of(expr), expr
         case Offload(_, expr, copy):
-            return DISK, _spec_nbytes(expr) if copy else 0, expr if copy else None
+            return DISK, nbytes_of(expr) if copy else 0, expr if copy else None
         case Initialize(device=where, nbytes=size) | Move(device=where, nbytes=size):
             return where, size, None
         case Tie(_, _, expr):
@@ -286,102 +297,3 @@ def _save_cost(actions: Iterable[SaveAction]) -> Cost:
     cached = sum(read.values()) + sum(written.values())
     buffers = WRITTEN * min(WRITERS, shards)
     return Cost(read=FrozenMap(read), peak=peak, written=FrozenMap(written), buffers=buffers, cached=cached)
-
-
-# -- origins -----------------------------------------------------------------------------------------------------------
-
-
-def origins(spec: ModuleSpec, plan: LoadPlan) -> FrozenMap[str, Origin]:
-    """Where every leaf of a module comes from: every parameter, every buffer (persistent or not), every extra state.
-
-    Args:
-        spec: the module.
-        plan: from `plan_load` for this module.
-
-    Raises:
-        PlanError: a leaf has no origin, or two; `keys` names them.
-
-    Example:
-        >>> from funcmodel.records.tensors import TensorSpec
-        >>> net = ModuleSpec(name="Net", params={"w": ParamSpec(spec=TensorSpec([2], "float32"))})
-        >>> origins(net, LoadPlan((Assign("w", Live("w", TensorSpec([2], "float32")), CPU),)))["w"]
-        Origin(kind='live', sources=('w',))
-    """
-    found: dict[str, Origin] = {}
-    twice: list[str] = []
-    for action in plan.actions:
-        for key, origin in _origins(spec, action):
-            if key in found:
-                twice.append(key)
-            found[key] = origin
-    found.update((key, Origin("extra_state")) for key in spec.opaque)
-    lost = [key for key in spec.params if key not in found]
-    if lost or twice:
-        keys = (*lost, *twice)
-        raise PlanError(
-            f"{spec.name}: {keys[0]!r} has {'no origin' if lost else 'two origins'} ({len(keys)} such leaves); "
-            "plan_load the module that is to be loaded",
-            keys=keys,
-        )
-    return FrozenMap({key: found[key] for key in (*spec.params, *spec.opaque)})
-
-
-def _origins(spec: ModuleSpec, action: LoadAction) -> Iterator[tuple[str, Origin]]:
-    match action:
-        case Assign(key, expr) | Offload(key, expr):
-            yield key, origin_of(expr)
-        case Tie(key, to):
-            yield key, Origin("alias", (to,))
-        case Move(key):
-            yield key, _constructed(spec, key)
-        case Initialize(_, keys, how):
-            for key in keys:
-                if how == "constructor":
-                    yield key, _constructed(spec, key)
-                elif how is not None:
-                    yield key, Origin("init", (how,))
-        case _:
-            assert_never(action)
-
-
-def _constructed(spec: ModuleSpec, key: str) -> Origin:
-    leaf = spec.params.get(key)
-    seed = leaf.random_seed if leaf is not None else None
-    return Origin("constructor") if seed is None else Origin("random", (str(seed),))
-
-
-def origin_of(expr: Expr) -> Origin:
-    """The origin of one expression: the most telling kind of leaf it has.
-
-    Example:
-        >>> from funcmodel.records.tensors import TensorSpec
-        >>> origin_of(Full(TensorSpec([2], "float32"), 0.0))
-        Origin(kind='constant', sources=())
-    """
-    if type(expr) is Read:
-        return Origin("file", (f"{expr.file.path}:{expr.name}",))
-    files: dict[str, None] = {}
-    lives: dict[str, None] = {}
-    kinds: set[type] = set()
-    for leaf in leaves(expr):
-        kinds.add(type(leaf))
-        if isinstance(leaf, Read):
-            files[f"{leaf.file.path}:{leaf.name}"] = None
-        elif isinstance(leaf, Live):
-            lives[leaf.key] = None
-    kind: OriginKind
-    if _has_call(expr):
-        kind = "computed"
-    else:
-        kind = "file" if files else "live" if lives else "noise" if Noise in kinds else "constant"
-    return Origin(kind, (*files, *lives))
-
-
-def _has_call(expr: Expr) -> bool:
-    pending = [expr]
-    while pending:
-        node = pending.pop()
-        if isinstance(node, Call):
-            return True
-        pending.extend(children_of(node))
-    return False

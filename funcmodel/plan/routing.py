@@ -7,7 +7,7 @@ from attrs import evolve
 
 from funcmodel.core.limits import check_choice
 from funcmodel.core.lowering import byte_runs, leaves
-from funcmodel.core.shapes import spec_of
+from funcmodel.core.shapes import nbytes_of
 from funcmodel.core.templates import Matcher, template
 from funcmodel.errors import PlanError
 from funcmodel.records.actions import Assign
@@ -22,6 +22,7 @@ Into: TypeAlias = Literal["fresh", "existing"]
 
 SMALL: Final = 64 << 10  # smaller tensors share a slab
 SLAB: Final = 4 << 20  # which is at most this large
+GAP: Final = 4 << 10  # so much between two of them is read with them: a disk reads it anyway, a call takes longer
 BUFFER: Final = 4 << 20  # one of the buffers through which passes what cannot be read in place
 PINNED: Final = 8 << 20  # one of those on the way to a device
 SPAN: Final = 8 << 20  # what each thread that reads past the page cache has to itself
@@ -233,7 +234,7 @@ def _with_buffers(routes: dict[str, Route], entries: list[tuple[str, Expr, Devic
     if "stage" in kinds:
         size = PINNED
         crossing = [expr for key, expr, home in entries if routes[key] == "stage" and home.type == "cuda"]
-        buffers, pinned = staging(sum(_nbytes(expr) for expr in crossing), threads)
+        buffers, pinned = staging(sum(nbytes_of(expr) for expr in crossing), threads)
     elif "transform" in kinds:
         buffers = threads + 2  # one that is being used, and one that waits
     return Routing(
@@ -266,10 +267,6 @@ def staging(nbytes: int, threads: int) -> tuple[int, bool]:
     if nbytes < PAGEABLE:
         return threads, False
     return (min(FEW_PINNED, 2 * threads) if nbytes < MANY else 2 * threads), True
-
-
-def _nbytes(expr: Expr) -> int:
-    return expr.spec.nbytes if type(expr) is Read else spec_of(expr).nbytes
 
 
 def _read_sizes(entries: Iterable[tuple[str, Expr, Device]], routes: Mapping[str, Route]) -> dict[str, int]:

@@ -138,8 +138,10 @@ class Cost:
     """What applying a plan takes, in bytes.
 
     Attributes:
-        read: bytes wanted per file path. Up to 4 KiB that lie between two ranges of a file are read with them; so is
-            what lies between runs of under 64 bytes of one tensor.
+        read: bytes read per file path. Up to 4 KiB between two small tensors that are read into shared memory are read
+            with them, and are in it, but for files that are decoded. What is not in it: of a tensor of which many runs
+            are wanted at most a tenth more is read, of runs under 64 bytes what lies between them; past the page cache
+            whole blocks are; and tensors that exist, or come one by one, are read without what is between them.
         held: bytes that stay allocated per device.
         peak: highest bytes allocated at once per device, `held` included.
         written: bytes written per file name (save plans).

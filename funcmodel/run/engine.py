@@ -24,7 +24,6 @@ Job: TypeAlias = "tuple[Source, int, list[memoryview]]"
 RANGE: Final = 16 << 20  # one call reads at most this much
 THREADED: Final = 8 << 20  # less than this is not worth a thread
 IOVECS: Final = 1024  # the kernel's limit
-GAP: Final = 4096  # bytes
 _GLANCE: Final = 256  # so many calls are work for threads, however small
 
 
@@ -113,22 +112,11 @@ def opened(
 
 
 def jobs(file: Source, pieces: Iterable[Piece]) -> Iterator[Job]:
-    """Pieces as calls: what is near in the file goes into one, at most 16 MiB and 1024 buffers each.
-
-    Up to a page that lies between two pieces is read, and forgotten: a disk reads it anyway, and a call costs more.
-    """
+    """Pieces as calls: what is adjacent in the file goes into one, at most 16 MiB and 1024 buffers each."""
     start = end = room = 0
     views: list[memoryview] = []
-    between: memoryview | None = None
-    near = GAP if plain_file(file) is not None else 0  # what a decoder would make of other bytes, nobody knows
     for offset, view in pieces:
         at, size = 0, len(view)
-        gap = offset - end
-        if views and 0 < gap <= near and gap < room and len(views) < IOVECS - 1:
-            between = memoryview(bytearray(GAP)) if between is None else between
-            views.append(between[:gap])
-            room -= gap
-            end += gap
         while at < size:
             if offset + at != end or not room or len(views) == IOVECS:
                 if views:
@@ -199,10 +187,19 @@ def read_plain(
     files: Mapping[FileRef, Source],
     routes: Mapping[str, Route],
     threads: int = 1,
+    between: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Whole stored tensors, each byte moved once, from the file into the tensor's own memory.
 
     Those on the route "slab" share blocks of at most 4 MiB, each tensor at a multiple of 64; others have their own.
+
+    Args:
+        wanted: key and tensor.
+        files: the open files.
+        routes: of all keys.
+        threads: how many read.
+        between: so many bytes between two tensors on the route "slab" are read with them, and forgotten. None are of a
+            file that is decoded: what it would make of other bytes, nobody knows.
 
     Raises:
         PlanError: torch has no such dtype.
@@ -226,8 +223,10 @@ def read_plain(
     for ref, entries in by_file.values():
         pieces: list[Piece] = []
         work.append((files[ref], pieces))
-        past_cache = plain_file(files[ref]) not in (None, files[ref])
-        slab = _place(sorted(entries, key=itemgetter(0)), pieces, slab, found, routes, past_cache)
+        plain = plain_file(files[ref])
+        align = ALIGNED if plain is None or plain is files[ref] else PAGE  # past the page cache it arrives in blocks
+        gap = between if plain is not None else 0
+        slab = _place(sorted(entries, key=itemgetter(0)), pieces, slab, found, routes, align, gap)
     if slab.members:
         slab.allocate(found)
     for _, pieces in work:
@@ -242,10 +241,13 @@ def _place(
     slab: _Slab,
     found: dict[str, torch.Tensor],
     routes: Mapping[str, Route],
-    past_cache: bool,
+    align: int,
+    between: int,
 ) -> _Slab:
     """Give every tensor of one file its memory, in file order; the slab is handed on to the next file."""
-    first = size = end = 0  # the run of small tensors that is being collected: it lies in memory as it lies in the file
+    first = size = 0  # the run of small tensors that is being collected: it lies in memory as it lies in the file
+    end = -1 - between  # of the small tensor before
+    forgotten = memoryview(bytearray(between))
     at, top, join = -1, slab.top, slab.members.append
     for offset, key, layout in entries:
         nbytes = layout.nbytes
@@ -253,7 +255,7 @@ def _place(
             found[key] = torch.empty(layout.shape, dtype=layout.kind, device="cpu")
             continue
         if routes[key] != "slab":
-            where = memory(nbytes, PAGE if past_cache else ALIGNED)
+            where = memory(nbytes, align)
             found[key] = tensor_at(where, 0, layout.kind, layout.shape)
             pieces.append((offset, where))
             continue
@@ -271,6 +273,8 @@ def _place(
         else:
             if size:
                 slab.spans.append((pieces, first, at, size))
+            if 0 < offset - end <= between:
+                pieces.append((end, forgotten[: offset - end]))
             first, at, size = offset, position, nbytes
         end = offset + nbytes
         top = position + nbytes

@@ -7,9 +7,9 @@ from typing import Any, Literal
 import torch
 
 from funcmodel.core.lowering import leaves
-from funcmodel.core.shapes import spec_of
+from funcmodel.core.shapes import nbytes_of
 from funcmodel.errors import PlanError
-from funcmodel.plan.routing import LARGE, SLAB, SMALL, Wanted, routing
+from funcmodel.plan.routing import GAP, LARGE, SLAB, SMALL, Wanted, routing
 from funcmodel.records.devices import Device
 from funcmodel.records.expressions import (
     Cast,
@@ -98,7 +98,7 @@ def materialize_routed(
         if taken == "map":
             mapped.append((key, expr))
             continue
-        held += expr.spec.nbytes if type(expr) is Read else spec_of(expr).nbytes
+        held += nbytes_of(expr)
         if taken == "stage" or not near:
             staged.append((key, expr))
         elif type(expr) is Read and (taken == "slab" or taken == "read"):
@@ -109,7 +109,7 @@ def materialize_routed(
         require_memory(held)
     with _evaluator(plan, live, formats, digest, routes) as at:
         result.update(at.mapped(mapped))
-        result.update(read_plain(plain, at.files, way, routes.threads))
+        result.update(read_plain(plain, at.files, way, routes.threads, GAP))
         del plain
         result.update(at.staged(staged, device))
         for batch in _batches(others):
