@@ -73,3 +73,13 @@ def reduceby(key: Callable[[A], K], combine: Callable[[B, A], B], items: Iterabl
 def sliding_window(n: int, items: Iterable[A]) -> Iterator[tuple[A, ...]]:
     """Overlapping runs of `n` items."""
     return cast(Iterator[tuple[A, ...]], toolz.sliding_window(n, items))
+
+
+def interleave(sequences: Iterable[Iterable[A]]) -> Iterator[A]:
+    """One of each in turn, as long as they last.
+
+    Example:
+        >>> list(interleave(["ab", "c", "def"]))
+        ['a', 'c', 'd', 'b', 'e', 'f']
+    """
+    return cast("Iterator[A]", toolz.interleave(sequences))

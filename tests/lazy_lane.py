@@ -33,6 +33,7 @@ class LazyDevice:
         self.pinned: set[bool] = set()
         self.copies = 0
         self.lane = Lane(
+            device=torch.device("cpu"),
             host=self.host,
             stream=self.stream,
             using=self.using,

@@ -286,8 +286,13 @@ def test_two_devices_take_each_what_is_theirs(tmp_path: Path) -> None:
     into = {key: torch.empty(t.shape, dtype=t.dtype, device=f"cuda:{i % 2}") for i, (key, t) in enumerate(here.items())}
     fill(wanted, into)
     second = materialize(wanted, device="cuda:1")
+    on = {key: torch.device("cuda", i % 2) if i % 3 else torch.device("cpu") for i, key in enumerate(wanted)}
+    routes = routing(wanted, Machine(threads=4), on=on)
+    beside = materialize_routed(wanted, routes, on, None, FORMATS, "ignore")
     assert torch.cuda.current_device() == 0
     for key, tensor in here.items():
         same(into[key], tensor)
         same(second[key], tensor)
+        same(beside[key], tensor)
         assert second[key].device == torch.device("cuda", 1)
+        assert beside[key].device == on[key]

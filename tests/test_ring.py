@@ -300,13 +300,13 @@ def opened(plan: dict[str, Read]) -> Iterator[dict[str, object]]:
 )
 def test_no_buffer_is_filled_before_the_device_has_done_with_it(threads, buffers, pinned, nbytes, plan):
     device = LazyDevice()
-    ring = Ring(CPU, device.lane, threads=threads, buffers=buffers, nbytes=nbytes, pinned=pinned)
+    ring = Ring(threads=threads, buffers=buffers, nbytes=nbytes, pinned=pinned)
     for _ in range(2):  # the buffers are kept, and so are the marks in them
         with opened(plan) as files:
             items, found = passing(plan, files, nbytes)
             # What the caller gave its stream before must be done before the first byte arrives.
             device.lane.give(lambda found=found: [t.zero_() for t in found.values()] and None)
-            ring.run(items)
+            ring.run({device.lane: items})
         device.synchronize()
         for key, tensor in found.items():
             same(tensor, expected(key).contiguous())
@@ -327,11 +327,69 @@ def test_what_lies_side_by_side_takes_one_copy(tmp_path):
             Span(files[read.file.path], read.offset, read.spec.nbytes, places[key].flat, places[key].at, padded=True)
             for key, read in made.items()
         ]
-        Ring(CPU, device.lane, threads=4, buffers=8, nbytes=8 << 20, pinned=True).run(items)
+        Ring(threads=4, buffers=8, nbytes=8 << 20, pinned=True).run({device.lane: items})
     device.synchronize()
     assert device.copies == 1
     assert len(device.hosts) == 1
     assert all(torch.equal(places[key].tensor, tensors[key]) for key in tensors)
+
+
+class Counting:
+    """A source that counts the bytes that are read of it."""
+
+    def __init__(self, inner) -> None:
+        self.inner = inner
+        self.nbytes = 0
+        self.lock = threading.Lock()
+
+    def readv_into(self, buffers, offset) -> None:
+        with self.lock:
+            self.nbytes += sum(map(len, buffers))
+        self.inner.readv_into(buffers, offset)
+
+
+@pytest.mark.parametrize(("threads", "pinned"), [(1, False), (1, True), (4, True)])
+@pytest.mark.parametrize("nbytes", [4096, 1 << 16, 8 << 20])
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_devices_are_filled_side_by_side_and_each_byte_is_read_once(count, nbytes, threads, pinned, plan):
+    devices = [LazyDevice() for _ in range(count)]
+    ring = Ring(threads=threads, buffers=2 * threads, nbytes=nbytes, pinned=pinned)
+    for _ in range(2):
+        with opened(plan) as files:
+            counted = {path: Counting(file) for path, file in files.items()}
+            work, found = {}, {}
+            for i, device in enumerate(devices):
+                # Some tensors go to every device, some to one, some are changed on the way to one.
+                mine = {key: read for j, (key, read) in enumerate(plan.items()) if j % 7 == 0 or j % count == i}
+                items, found[i] = passing(mine, counted, nbytes)
+                keep = [one for one in items if type(one) is Span or i == 1]
+                found[i] = {key: t for key, t in found[i].items() if i == 1 or " " not in key}
+                work[device.lane] = keep
+                device.lane.give(lambda made=found[i]: [t.zero_() for t in made.values()] and None)
+            ring.run(work)
+        for i, device in enumerate(devices):
+            device.synchronize()
+            for key, tensor in found[i].items():
+                same(tensor, expected(key).contiguous())
+        plain = sum(read.spec.nbytes for read in plan.values())
+        changed = sum(one.part.nbytes for one in work[devices[1].lane] if type(one) is not Span)
+        assert sum(source.nbytes for source in counted.values()) == plain + changed
+    assert sum(len(device.hosts) for device in devices) <= 2 * threads
+    assert all(device.idle() for device in devices)
+
+
+def test_what_goes_to_two_places_of_one_device_is_read_once(plan):
+    device = LazyDevice()
+    read = plan["large"]
+    with opened({"large": read}) as files:
+        file = Counting(files[read.file.path])
+        places = homes([("a", read.spec), ("b", read.spec), ("c", read.spec)], CPU)
+        items = [Span(file, read.offset, read.spec.nbytes, home.flat, home.at) for home in places.values()]
+        Ring(threads=2, buffers=4, nbytes=1 << 16, pinned=True).run({device.lane: items})
+    device.synchronize()
+    assert file.nbytes == read.spec.nbytes
+    for home in places.values():
+        same(home.tensor, content()["large"])
 
 
 class Failing:
@@ -374,20 +432,21 @@ def interruptible():
 @pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.parametrize("how", [interrupt, interrupt_the_caller])
 @pytest.mark.parametrize("n", [1, 7])
-def test_after_an_interrupt_nothing_reads_and_nothing_is_copied(threads, how, n, plan):
-    device = LazyDevice()
+@pytest.mark.parametrize("count", [1, 2])
+def test_after_an_interrupt_nothing_reads_and_nothing_is_copied(count, threads, how, n, plan):
+    devices = [LazyDevice() for _ in range(count)]
     others = set(threading.enumerate())
     with opened(plan) as files:
         failing = {path: Failing(file, n, how) for path, file in files.items()}
-        items, _ = passing(plan, failing, 4096)
+        work = {device.lane: passing(plan, failing, 4096)[0] for device in devices}
         with pytest.raises(KeyboardInterrupt):
-            Ring(CPU, device.lane, threads=threads, buffers=2 * threads, nbytes=4096, pinned=True).run(items)
+            Ring(threads=threads, buffers=2 * threads, nbytes=4096, pinned=True).run(work)
         calls = sum(file.calls for file in failing.values())
-        assert device.idle()
+        assert all(device.idle() for device in devices)
         for thread in set(threading.enumerate()) - others:  # one that was about to start when the interrupt came
             while thread in threading.enumerate():
                 pass
-        assert device.idle()
+        assert all(device.idle() for device in devices)
         assert sum(file.calls for file in failing.values()) == calls
 
 
@@ -402,7 +461,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_a_typed_error(threads, tmp_path
         items, _ = passing(made, files, 1 << 16)
         os.truncate(path, 2_000_000)
         with pytest.raises(ChangedError) as caught:
-            Ring(CPU, device.lane, threads=threads, buffers=2 * threads, nbytes=1 << 16, pinned=True).run(items)
+            Ring(threads=threads, buffers=2 * threads, nbytes=1 << 16, pinned=True).run({device.lane: items})
     assert caught.value.path == str(path)
     assert set(threading.enumerate()) <= others
     assert device.idle()
@@ -529,7 +588,7 @@ def test_casts_within_a_buffer_lose_nothing(old, new, tmp_path):
             tuple(through),
             most=8 << 20,
         )
-        Ring(CPU, lane_to(CPU), threads=2, buffers=4, nbytes=8 << 20).run(items)
+        Ring(threads=2, buffers=4, nbytes=8 << 20).run({lane_to(CPU): items})
     same(to, expected)
 
 

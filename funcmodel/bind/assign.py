@@ -18,6 +18,7 @@ from funcmodel.core.shapes import spec_of
 from funcmodel.errors import ActionError, DigestError, PlanError, StalePlanError, TieConflictError
 from funcmodel.plan.routing import Wanted, routed
 from funcmodel.records.actions import Assign
+from funcmodel.records.devices import Device
 from funcmodel.records.expressions import Expr
 from funcmodel.records.plans import LoadPlan
 from funcmodel.records.routes import Memory, Routing
@@ -160,20 +161,21 @@ class _Reader:
 
     def values(self, target: Target, keys: Iterable[str]) -> Values:
         """The planned tensors of `keys`, each on its device."""
-        found: Values = {}
-        by_device: dict[object, dict[str, Expr]] = {}
-        last: object = None
+        known: dict[Device, torch.device] = {}
         exprs: dict[str, Expr] = {}
+        homes: dict[str, torch.device] = {}
+        last: Device | None = None
         for key in keys:
             action = target.assigned.get(key) or target.states[key]
-            if action.device is not last:
-                last = action.device
-                exprs = by_device.setdefault(last, {})
             exprs[key] = action.expr
-        for device, exprs in by_device.items():
-            where = torch.device(repr(device))
-            found.update(materialize_routed(exprs, self.routes, where, self.live, self.formats, self.digest))
-        return found
+            if action.device is not last:  # 20,000 keys name the same record
+                last = action.device
+                where = known.setdefault(last, torch_device(last))
+            homes[key] = where
+        if not exprs:
+            return {}
+        on = homes if len(known) > 1 else where
+        return materialize_routed(exprs, self.routes, on, self.live, self.formats, self.digest)
 
     def agree(self, expr: Expr, other: Expr | torch.Tensor) -> bool:
         """Whether both are the same tensor, bit for bit; a part of each is held at a time."""

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import pairwise
 from math import prod
 from operator import itemgetter
-from typing import Final, Literal, assert_never
+from typing import Final, Literal, TypeAlias, assert_never
 
 from attrs import evolve
 
@@ -37,6 +37,8 @@ from funcmodel.records.routes import Route, Routing
 
 WRITTEN: Final = 16 << 20  # bytes of buffers for a file that is being written
 WRITERS: Final = 8  # so many at once, at most
+
+_Way: TypeAlias = tuple[Expr, Device, Route | None]
 
 
 def nbytes(plan: Mapping[str, Expr]) -> int:
@@ -126,9 +128,8 @@ def cost(plan: StateDictPlan | LoadPlan | SavePlan, *, on: object = "cpu", route
             home = device(on)
             way = {} if routes is None else routes.routes
             lent = sum(nbytes_of(expr) for key, expr in plan.items() if way.get(key) == "map")
-            shared = [expr for key, expr in plan.items() if _shares(expr, home, way.get(key))]
-            aside = max(map(_aside, plan.values()), default=0)
-            found = _cost(plan.values(), shared, {home: nbytes(plan) - lent}, aside)
+            ways = [(expr, home, way.get(key)) for key, expr in plan.items()]
+            found = _cost(ways, {home: nbytes(plan) - lent}, max(map(_aside, plan.values()), default=0))
             changed = {home} if any(type(expr) is not Read for expr in plan.values()) else set[Device]()
             return _with_routes(found, routes, lent, changed)
         case LoadPlan():
@@ -140,49 +141,47 @@ def cost(plan: StateDictPlan | LoadPlan | SavePlan, *, on: object = "cpu", route
 
 
 def _cost(
-    exprs: Iterable[Expr],
-    shared: Iterable[Expr],
-    held: Mapping[Device, int],
-    aside: int,
-    more: Mapping[Device, int] | None = None,
+    ways: Iterable[_Way], held: Mapping[Device, int], aside: int, more: Mapping[Device, int] | None = None
 ) -> Cost:
     peak = dict(held)
     for where, size in (*(more or {}).items(), (CPU, aside)):
         if size:
             peak[where] = peak.get(where, 0) + size
     peak.pop(DISK, None)
-    read = _read(exprs)
-    for path, size in _between(shared).items():
-        read[path] += size
+    read = _read(ways)
     return Cost(read=FrozenMap(read), held=FrozenMap(held), peak=FrozenMap(peak), cached=sum(read.values()))
 
 
-def _read(exprs: Iterable[Expr]) -> dict[str, int]:
-    """Bytes read per file."""
+def _read(ways: Iterable[_Way]) -> dict[str, int]:
+    """Bytes read per file: of an expression, on its way to a device, by a route where one was chosen."""
     total: dict[str, int] = {}
-    for expr in exprs:
-        if type(expr) is Read:
-            total[expr.file.path] = total.get(expr.file.path, 0) + expr.spec.nbytes
+    shared: list[Read] = []
+    staged: set[tuple[str, int, int]] = set()
+    for expr, home, route in ways:
+        if type(expr) is not Read:
+            for leaf, box in reads(expr):
+                bits = prod(stop - start for start, stop in box) * leaf.spec.dtype.bits
+                total[leaf.file.path] = total.get(leaf.file.path, 0) + bits // 8
             continue
-        for leaf, box in reads(expr):
-            bits = prod(stop - start for start, stop in box) * leaf.spec.dtype.bits
-            total[leaf.file.path] = total.get(leaf.file.path, 0) + bits // 8
+        path, size = expr.file.path, expr.spec.nbytes
+        if route == "stage" or home.type != "cpu":  # read once, wherever it goes
+            place = (path, expr.offset, size)
+            size = 0 if place in staged else size
+            staged.add(place)
+        elif route == "slab" or (route is None and size < SMALL):
+            shared.append(expr)
+        total[path] = total.get(path, 0) + size
+    for path, size in _between(shared).items():
+        total[path] += size
     return total
 
 
-def _shares(expr: Expr, home: Device, route: Route | None) -> bool:
-    """Whether a tensor shares its memory with other small ones, and is read together with what lies between them."""
-    if type(expr) is not Read or home.type != "cpu":
-        return False
-    return expr.spec.nbytes < SMALL if route is None else route == "slab"
-
-
-def _between(shared: Iterable[Expr]) -> dict[str, int]:
-    """Bytes per file that lie between tensors that are read together, and are read with them."""
+def _between(shared: Iterable[Read]) -> dict[str, int]:
+    """Bytes per file that lie between small tensors that are read into shared memory, and are read with them."""
     places: dict[str, list[tuple[int, int]]] = {}
-    for expr in shared:
-        if type(expr) is Read and expr.spec.nbytes:
-            places.setdefault(expr.file.path, []).append((expr.offset, expr.spec.nbytes))
+    for read in shared:
+        if read.spec.nbytes:
+            places.setdefault(read.file.path, []).append((read.offset, read.spec.nbytes))
     found = dict.fromkeys(places, 0)
     for path, stored in places.items():
         stored.sort(key=itemgetter(0))
@@ -233,8 +232,7 @@ def _with_routes(found: Cost, routes: Routing | None, borrowed: int, changed: Co
 
 def _load_cost(plan: LoadPlan) -> Cost:
     held: dict[Device, int] = {}
-    exprs: list[Expr] = []
-    shared: list[Expr] = []
+    ways: list[_Way] = []
     aside = borrowed = 0
     changed: set[Device] = set()
     way = {} if plan.routing is None else plan.routing.routes
@@ -246,12 +244,10 @@ def _load_cost(plan: LoadPlan) -> Cost:
             borrowed += size
         elif size:
             held[where] = held.get(where, 0) + size
-        if type(action) is Assign and _shares(action.expr, where, way.get(action.key)):
-            shared.append(action.expr)
         if expr is not None:
-            exprs.append(expr)
+            ways.append((expr, where, way.get(action.key)) if type(action) is Assign else (expr, CPU, "read"))
             aside = max(aside, _aside(expr) + (nbytes_of(expr) if isinstance(action, Tie) else 0))
-    return _with_routes(_cost(exprs, shared, held, aside, plan.replaced), plan.routing, borrowed, changed)
+    return _with_routes(_cost(ways, held, aside, plan.replaced), plan.routing, borrowed, changed)
 
 
 def _held(action: LoadAction) -> tuple[Device, int, Expr | None]:
@@ -293,7 +289,7 @@ def _save_cost(actions: Iterable[SaveAction]) -> Cost:
             case _:
                 assert_never(action)
     peak = FrozenMap({CPU: largest}) if largest else FrozenMap[Device, int]()
-    read = _read(exprs)
+    read = _read((expr, CPU, "read") for expr in exprs)
     cached = sum(read.values()) + sum(written.values())
     buffers = WRITTEN * min(WRITERS, shards)
     return Cost(read=FrozenMap(read), peak=peak, written=FrozenMap(written), buffers=buffers, cached=cached)

@@ -79,39 +79,48 @@ def materialize(
 def materialize_routed(
     plan: Mapping[str, Expr],
     routes: Routing,
-    device: torch.device,
+    device: torch.device | Mapping[str, torch.device],
     live: LiveTensors | None,
     formats: tuple[Format, ...],
     digest: Digest,
 ) -> dict[str, torch.Tensor]:
-    """`materialize`, by routes that were chosen before; `routes` may know of more keys than the plan has."""
+    """`materialize`, by routes that were chosen before; `routes` may know of more keys than the plan has.
+
+    Several devices are filled side by side.
+    """
     result: dict[str, Any] = dict.fromkeys(plan)
     way = dict(routes.routes.items())  # which is faster to ask, up to 100,000 times
-    near = device.type == "cpu"
+    homes = device if isinstance(device, Mapping) else None
+    home = torch.device("cpu") if isinstance(device, Mapping) else device
+    near = home.type == "cpu"
     held = 0
     plain: list[tuple[str, Read]] = []
     mapped: list[tuple[str, Expr]] = []
-    staged: list[tuple[str, Expr]] = []
+    staged: dict[torch.device, list[tuple[str, Expr]]] = {}
     others: list[tuple[str, Expr]] = []
     for key, expr in plan.items():
         taken = way[key]
         if taken == "map":
             mapped.append((key, expr))
             continue
-        held += nbytes_of(expr)
+        if homes is not None:
+            home = homes[key]
+            near = home.type == "cpu"
+        if near:
+            held += nbytes_of(expr)
         if taken == "stage" or not near:
-            staged.append((key, expr))
+            staged.setdefault(home, []).append((key, expr))
         elif type(expr) is Read and (taken == "slab" or taken == "read"):
             plain.append((key, expr))
         else:
             others.append((key, expr))
-    if near:
-        require_memory(held)
+    require_memory(held)
     with _evaluator(plan, live, formats, digest, routes) as at:
         result.update(at.mapped(mapped))
         result.update(read_plain(plain, at.files, way, routes.threads, GAP))
         del plain
-        result.update(at.staged(staged, device))
+        for home, entries in staged.items():
+            result.update(at.staged(entries, home))
         for batch in _batches(others):
             result.update(at.batch(batch))
         at.finish()

@@ -9,7 +9,7 @@ import torch
 from funcmodel.core.lowering import lowered
 from funcmodel.core.shapes import spec_of
 from funcmodel.errors import PlanError, ShapeError
-from funcmodel.plan.routing import BUFFER, SMALL, mapped_range
+from funcmodel.plan.routing import BUFFER, PINNED, SMALL, mapped_range
 from funcmodel.records.dtypes import DType
 from funcmodel.records.expressions import (
     Call,
@@ -36,6 +36,7 @@ from funcmodel.run.tensors import byte_view, tensor_spec, torch_dtype, torch_sha
 
 if TYPE_CHECKING:
     from funcmodel.run.buffers import Part
+    from funcmodel.run.lanes import Lane
     from funcmodel.run.passages import Passage
     from funcmodel.run.ring import Ring
 
@@ -68,7 +69,8 @@ class Evaluator:
         self._boxes: list[_Boxed] = []
         self._parts: list[Part] = []
         self._passing: dict[torch.device, list[Passage]] = {}
-        self._rings: dict[torch.device, Ring] = {}
+        self._lanes: dict[torch.device, Lane] = {}
+        self._rings: list[Ring] = []
 
     def mapped(self, wanted: Sequence[tuple[str, Expr]]) -> dict[str, torch.Tensor]:
         """Tensors that are pages of their files; those that read the same bytes are pages of two mappings."""
@@ -101,8 +103,6 @@ class Evaluator:
 
     def staged(self, wanted: Sequence[tuple[str, Expr]], device: torch.device) -> dict[str, torch.Tensor]:
         """Tensors on a device, through the ring; what `finish` has yet to read is not in them."""
-        if not wanted:
-            return {}
         from funcmodel.run.passages import Span
         from funcmodel.run.slabs import homes
 
@@ -139,8 +139,11 @@ class Evaluator:
     def tensor(self, expr: Expr, through: torch.device | None = None) -> torch.Tensor:
         """A fresh contiguous tensor, complete: on the CPU, or through the ring on a device."""
         inner = Evaluator(self.files, self.live, self._routes)
-        inner._rings = self._rings
-        result = inner._begun(expr) if through is None else inner.staged([("", expr)], through)[""]
+        if through is None:
+            result = inner._begun(expr)
+        else:
+            inner._lanes, inner._rings = self._lanes, [self._ring()]
+            result = inner.staged([("", expr)], through)[""]
         inner.finish()
         return result
 
@@ -170,17 +173,23 @@ class Evaluator:
 
             routes = self._routes
             pass_through(parts, threads=routes.threads, buffers=routes.buffers, nbytes=routes.buffer or BUFFER)
-        for device, passing in self._passing.items():
-            if passing:
-                self._passing[device] = []
-                self._ring(device).run(passing)
+        passing, self._passing = self._passing, {}
+        if any(passing.values()):
+            self._ring().run({self._lane(device): items for device, items in passing.items()})
 
-    def _ring(self, device: torch.device) -> "Ring":
-        from funcmodel.run.ring import ring_to
+    def _ring(self) -> "Ring":
+        from funcmodel.run.ring import ring_of
 
-        found = self._rings.get(device)
+        if not self._rings:
+            self._rings.append(ring_of(self._routes))
+        return self._rings[0]
+
+    def _lane(self, device: torch.device) -> "Lane":
+        from funcmodel.run.lanes import lane_to
+
+        found = self._lanes.get(device)
         if found is None:
-            found = self._rings[device] = ring_to(device, self._routes)
+            found = self._lanes[device] = lane_to(device)
         return found
 
     def write(self, expr: Expr, to: torch.Tensor, casts: tuple[DType, ...] = (), *, staged: bool = False) -> None:
@@ -282,7 +291,7 @@ class Evaluator:
         if staged:
             from funcmodel.run.passages import passages
 
-            most, cells = self._ring(to.device).room
+            most, cells = self._routes.buffer or PINNED, self._lane(to.device).cells
             waiting = self._passing.setdefault(to.device, [])
             waiting += passages(self.files[read.file], read.offset, shape, kind, box, to, casts, most=most, cells=cells)
             return

@@ -20,11 +20,12 @@ _EVENT: Final[Any] = torch.cuda.Event
 _STREAM: Final[Any] = torch.cuda.Stream
 
 
-@frozen(kw_only=True)
+@frozen(kw_only=True, eq=False)
 class Lane:
     """A way to one device, as functions.
 
     Attributes:
+        device: where it leads.
         host: so many bytes of host memory, flat; pinned, if that is asked for and the device knows it.
         stream: a new order of work, beside the one that the caller uses.
         using: a context; what this thread gives the device within it belongs to that stream.
@@ -37,6 +38,7 @@ class Lane:
         cells: of how many elements a thread may ask torch at once without starting others; 0 where it starts none.
     """
 
+    device: torch.device
     host: Callable[[int, bool], torch.Tensor]
     stream: Callable[[], Stream]
     using: Callable[[Stream], AbstractContextManager[Any]]
@@ -74,6 +76,7 @@ def _cuda(device: torch.device) -> Lane:
         to.copy_(source, non_blocking=True)
 
     return Lane(
+        device=home,
         host=host,
         stream=lambda: _STREAM(home),
         using=torch.cuda.stream,
@@ -93,6 +96,7 @@ def _synchronous(device: torch.device) -> Lane:
         pass
 
     return Lane(
+        device=device,
         host=lambda nbytes, _: _plain(nbytes),
         stream=nothing,
         using=nullcontext,

@@ -1,17 +1,17 @@
 """What passes through the ring: bytes as they stand, and boxes of stored tensors that are changed on the way."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Final, TypeAlias
 
 import torch
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from funcmodel.records.dtypes import DType
 from funcmodel.run.boxes import Box, chunks, ranges, widened
 from funcmodel.run.buffers import Part
 from funcmodel.run.engine import Source
-from funcmodel.run.lanes import CELLS
+from funcmodel.run.lanes import CELLS, Lane
 from funcmodel.run.memory import ALIGNED
 from funcmodel.run.moves import move, picked, placed
 from funcmodel.run.slabs import flat_bytes
@@ -31,6 +31,7 @@ class Span:
         to: the flat bytes that they are part of.
         at: where, in `to`.
         padded: whether what lies between the last multiple of the alignment before it and itself is nobody's.
+        also: further places for the same bytes: the way there, flat bytes, and where in them.
     """
 
     source: Source
@@ -39,6 +40,7 @@ class Span:
     to: torch.Tensor
     at: int
     padded: bool = False
+    also: tuple[tuple[Lane, torch.Tensor, int], ...] = ()
 
     @property
     def room(self) -> int:
@@ -208,6 +210,28 @@ def trips(passing: Iterable[Passage], most: int, step: int) -> Iterator[list[Sto
             done += size
     if trip:
         yield trip
+
+
+def once(passing: Mapping[Lane, Iterable[Passage]]) -> dict[Lane, list[Passage]]:
+    """The same passages, but bytes that go to several places, on one device or several, are read once."""
+    work: dict[Lane, list[Passage]] = {}
+    first: dict[tuple[int, int, int], Span] = {}
+    also: dict[Passage, list[tuple[Lane, torch.Tensor, int]]] = {}
+    for lane, items in passing.items():
+        kept = work[lane] = []
+        for one in items:
+            if type(one) is Span:
+                found = first.setdefault((id(one.source), one.first, one.nbytes), one)
+                if found is not one:
+                    also.setdefault(found, []).append((lane, one.to, one.at))
+                    continue
+            kept.append(one)
+    if also:
+        for kept in work.values():
+            for i, one in enumerate(kept):
+                if type(one) is Span and one in also:
+                    kept[i] = evolve(one, also=tuple(also[one]))
+    return work
 
 
 def in_file_order(passing: Iterable[Passage]) -> list[Passage]:

@@ -1,37 +1,57 @@
-"""The ring: a few threads, each with buffers and a stream of its own, bring bytes from files to a device.
+"""The ring: a few threads, each with buffers and streams of its own, bring bytes from files to devices.
 
-A thread reads into one buffer while the device still copies the other. Nothing is handed from thread to thread.
+A thread reads into one buffer while a device still copies the other. Nothing is handed from thread to thread, and any
+thread serves any device, so that several are filled side by side by as many buffers as one would be.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from itertools import cycle
+from typing import TypeAlias
 
 import torch
-from attrs import define
+from attrs import Factory, define, frozen
 
+from funcmodel._toolz import interleave
 from funcmodel.plan.routing import PINNED
 from funcmodel.records.routes import Routing
 from funcmodel.run.crew import Crew
 from funcmodel.run.engine import Piece, Source, jobs
-from funcmodel.run.lanes import Lane, Mark, Stream, lane_to
+from funcmodel.run.lanes import Lane, Mark, Stream
 from funcmodel.run.memory import ALIGNED
-from funcmodel.run.passages import Change, Passage, Span, Stop, in_file_order, trips
+from funcmodel.run.passages import Change, Passage, Span, Stop, in_file_order, once, trips
 from funcmodel.run.slabs import alignment
+
+
+@frozen(eq=False)
+class _Way:
+    """What leads to one device during one run.
+
+    Attributes:
+        scratches: memory on it for each desk, for what is changed there; empty where nothing is.
+        begun: the mark behind everything that the caller's stream was given before.
+    """
+
+    scratches: list[torch.Tensor]
+    begun: Mark
+
+
+_Load: TypeAlias = "tuple[Lane, list[Stop]]"
 
 
 @define(eq=False)
 class _Slot:
-    """A buffer, and the mark behind the last copy out of it."""
+    """A buffer, and the marks behind the last copies out of it."""
 
     flat: torch.Tensor | None = None
-    mark: Mark = None
+    marks: list[tuple[Lane, Mark]] = Factory(list)
 
     def taken(self, lane: Lane, nbytes: int, pinned: bool) -> torch.Tensor:
-        """The buffer, when the device needs nothing of it any more."""
-        if self.mark is not None:
-            lane.wait(self.mark)
-            self.mark = None
+        """The buffer, when no device needs anything of it any more."""
+        for busy, mark in self.marks:
+            busy.wait(mark)
+        self.marks = []
         if self.flat is None or len(self.flat) < nbytes:
             self.flat = None  # before the next is there
             self.flat = lane.host(nbytes, pinned)
@@ -44,21 +64,19 @@ class _Desk:
 
     Attributes:
         slots: its buffers.
-        stream: its stream.
-        last: the mark behind everything that the stream was given.
+        streams: its stream on each device.
+        last: the mark behind everything that each of them was given.
     """
 
     slots: list[_Slot]
-    stream: Stream
-    last: Mark = None
+    streams: dict[Lane, Stream] = Factory(dict)
+    last: dict[Lane, Mark] = Factory(dict)
 
 
 class Ring:
-    """A way for bytes to one device, with its buffers, which are made when they are first needed and kept.
+    """A way for bytes to devices, with its buffers, which are made when they are first needed and kept.
 
     Args:
-        device: where it leads.
-        lane: how.
         threads: how many read at most.
         buffers: how many buffers there are at most; a thread has two where they are pinned, or else one, because out of
             memory that is not pinned the device has copied what it needs when the call returns.
@@ -66,81 +84,94 @@ class Ring:
         pinned: whether they are.
     """
 
-    def __init__(
-        self, device: torch.device, lane: Lane, *, threads: int, buffers: int, nbytes: int, pinned: bool = False
-    ) -> None:
-        self.device = device
-        self.lane = lane
+    def __init__(self, *, threads: int, buffers: int, nbytes: int, pinned: bool = False) -> None:
         self.nbytes = nbytes
         self._pinned = pinned
         self._each = 2 if pinned else 1
         self._most = max(1, min(threads, buffers // self._each))
         self._desks: list[_Desk] = []
 
-    @property
-    def room(self) -> tuple[int, int]:
-        """Bytes of a buffer, and of how many elements a thread may ask torch at once (0: of any number)."""
-        return self.nbytes, self.lane.cells
+    def run(self, passing: Mapping[Lane, Iterable[Passage]]) -> None:
+        """Bring everything to its place. What the caller's streams are given afterwards comes after that.
 
-    def run(self, passing: Iterable[Passage]) -> None:
-        """Bring everything to its place. What the caller's stream is given afterwards comes after that.
-
-        Whatever is raised, `KeyboardInterrupt` too, no thread still reads and the device still copies nothing when this
+        Whatever is raised, `KeyboardInterrupt` too, no thread still reads and no device still copies anything when this
         returns.
         """
-        work = in_file_order(passing)
-        total = sum(one.room + ALIGNED for one in work)
+        work = {lane: in_file_order(items) for lane, items in once(passing).items()}
+        total = sum(one.room + ALIGNED for items in work.values() for one in items)
         if not total:
             return
         count = min(self._most, -(-total // self.nbytes))
         while len(self._desks) < count:
-            self._desks.append(_Desk([_Slot() for _ in range(self._each)], self.lane.stream()))
+            self._desks.append(_Desk([_Slot() for _ in range(self._each)]))
         size = min(self.nbytes, -(-total // ALIGNED) * ALIGNED)
-        bare = any(type(one) is Change and one.flat is None for one in work)
-        # By this thread, on its stream, like the destinations: the others wait for the mark behind all of it.
-        scratches = [torch.empty(size if bare else 0, dtype=torch.uint8, device=self.device) for _ in range(count)]
-        begun = self.lane.record()
-        crew, shared = Crew(), trips(work, self.nbytes, alignment(self.device))
-        each = [
-            partial(self._carry, desk, crew, shared, begun, size, scratch)
-            for desk, scratch in zip(self._desks, scratches, strict=False)
-        ]
+        ways = {lane: _way(lane, items, count, size) for lane, items in work.items()}
+        crew, shared = Crew(), interleave([self._loads(lane, items) for lane, items in work.items()])
+        each = [partial(self._carry, i, crew, shared, ways, size) for i in range(count)]
+        desks = self._desks[:count]
         try:
             crew.together(each)
         except BaseException:
-            # Buffers, scratches and destinations may be let go of only when the device has done with them.
-            for desk in self._desks[:count]:
-                if desk.last is not None:
-                    self.lane.wait(desk.last)
+            # Buffers, scratches and destinations may be let go of only when the devices have done with them.
+            for desk in desks:
+                for lane, mark in desk.last.items():
+                    lane.wait(mark)
             raise
-        for desk in self._desks[:count]:
-            self.lane.after(desk.last)
+        for desk in desks:
+            for lane in work:
+                if lane in desk.last:
+                    lane.after(desk.last[lane])
 
-    def _carry(
-        self, desk: _Desk, crew: Crew, shared: Iterator[list[Stop]], begun: Mark, size: int, scratch: torch.Tensor
-    ) -> None:
-        lane = self.lane
+    def _loads(self, lane: Lane, items: list[Passage]) -> Iterator[_Load]:
+        return ((lane, trip) for trip in trips(items, self.nbytes, alignment(lane.device)))
+
+    def _carry(self, number: int, crew: Crew, shared: Iterator[_Load], ways: Mapping[Lane, _Way], size: int) -> None:
+        desk = self._desks[number]
+        used: set[Lane] = set()
+
+        @contextmanager
+        def at_work(lane: Lane) -> Iterator[None]:
+            if lane not in desk.streams:
+                desk.streams[lane] = lane.stream()
+            with lane.using(desk.streams[lane]):
+                if lane not in used:
+                    used.add(lane)
+                    lane.after(ways[lane].begun)
+                yield
+
         # Destinations may be inference tensors, and whether a thread may write to those is a setting of each thread.
-        with lane.using(desk.stream), torch.inference_mode():
+        with torch.inference_mode():
             try:
-                lane.after(begun)
                 for slot in cycle(desk.slots):
-                    trip = crew.next(shared)
-                    if trip is None:
+                    load = crew.next(shared)
+                    if load is None:
                         return
+                    lane, trip = load
                     flat = slot.taken(lane, max(size, _end(trip)), self._pinned)
                     _fill(trip, flat.numpy().data)
-                    _send(trip, flat, scratch, lane)
-                    slot.mark = lane.record()
+                    with at_work(lane):
+                        _send(trip, flat, ways[lane].scratches[number], lane)
+                        slot.marks.append((lane, lane.record()))
+                    for lane, to, source in _also(trip, flat):
+                        with at_work(lane):
+                            lane.copy(to, source)
+                            slot.marks.append((lane, lane.record()))
             finally:
-                desk.last = lane.record()
+                for lane in used:
+                    with lane.using(desk.streams[lane]):
+                        desk.last[lane] = lane.record()
 
 
-def ring_to(device: torch.device, routes: Routing) -> Ring:
-    """The ring to a device that a routing describes; one of no other size where it describes none."""
+def _way(lane: Lane, items: list[Passage], count: int, size: int) -> _Way:
+    bare = any(type(one) is Change and one.flat is None for one in items)
+    # By this thread, on its stream, like the destinations: the others wait for the mark behind all of it.
+    scratches = [torch.empty(size if bare else 0, dtype=torch.uint8, device=lane.device) for _ in range(count)]
+    return _Way(scratches, lane.record())
+
+
+def ring_of(routes: Routing) -> Ring:
+    """The ring that a routing describes; one of no other size where it describes none."""
     return Ring(
-        device,
-        lane_to(device),
         threads=routes.threads,
         buffers=routes.buffers or routes.threads,
         nbytes=routes.buffer or PINNED,
@@ -172,6 +203,14 @@ def _fill(trip: list[Stop], where: memoryview) -> None:
 def _read(source: Source, pieces: list[Piece]) -> None:
     for file, offset, views in jobs(source, pieces):
         file.readv_into(views, offset)
+
+
+def _also(trip: list[Stop], flat: torch.Tensor) -> Iterator[tuple[Lane, torch.Tensor, torch.Tensor]]:
+    """What goes to further places: how, where to, and the bytes."""
+    for one, done, size, start, _ in trip:
+        if type(one) is Span:
+            for lane, to, at in one.also:
+                yield lane, to[at + done : at + done + size], flat[start : start + size]
 
 
 def _send(trip: list[Stop], flat: torch.Tensor, scratch: torch.Tensor, lane: Lane) -> None:
