@@ -8,6 +8,7 @@ import pytest
 from funcmodel.run.crew import Crew
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("beside", [False, True])
 def test_who_is_interrupted_twice_waits_all_the_same(beside):
     crew, done = Crew(), []

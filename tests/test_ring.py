@@ -420,14 +420,6 @@ def interrupt_the_caller() -> None:
     signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
 
-@pytest.fixture
-def interruptible():
-    """What a shell starts in the background ignores the signal."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.parametrize("how", [interrupt, interrupt_the_caller])
