@@ -26,6 +26,7 @@ from funcmodel.run.boxes import chunks, ranges
 from funcmodel.run.engine import opened
 from funcmodel.run.evaluate import evaluate, fill, materialize, materialize_routed, stream
 from funcmodel.run.formats import FORMATS
+from funcmodel.run.moves import cut
 from funcmodel.run.scan import scan
 from funcmodel.run.tensors import tensor_spec
 
@@ -320,6 +321,17 @@ def selected(grid: torch.Tensor, box: Any) -> torch.Tensor:
     for axis, runs in enumerate(box):
         grid = torch.cat([grid.narrow(axis, start, length) for start, length in runs], axis)
     return grid
+
+
+@given(boxes(), st.sampled_from([torch.uint8, torch.int16, torch.int64, torch.complex128]), st.integers(0, 9))
+def test_what_is_cut_out_is_the_selection(drawn, kind, start):
+    shape, box = drawn
+    grid = torch.arange(prod(shape)).reshape(shape).to(kind)
+    expected = selected(grid, box).contiguous()
+    found = torch.empty_like(expected)
+    stored = memoryview(bytes(start) + grid.numpy().tobytes())
+    cut(stored, start, shape, kind.itemsize, box, memoryview(found.view(-1).view(torch.uint8).numpy()))
+    assert torch.equal(found, expected)
 
 
 @given(boxes(), st.sampled_from([1, 2, 8]))

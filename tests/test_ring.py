@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -25,15 +25,18 @@ from funcmodel.plan.loading import plan_load
 from funcmodel.plan.routing import FEW_PINNED, MANY, PAGEABLE, PINNED, routed, routing
 from funcmodel.records.dtypes import dtype
 from funcmodel.records.expressions import Call, Read
+from funcmodel.records.plans import StateDictPlan
 from funcmodel.records.routes import Machine
 from funcmodel.records.tensors import TensorSpec
 from funcmodel.run.boxes import box_of
 from funcmodel.run.drain import Drain
 from funcmodel.run.engine import source
-from funcmodel.run.evaluate import fill, materialize
+from funcmodel.run.evaluate import fill, materialize, materialize_routed
 from funcmodel.run.files import open_regular
 from funcmodel.run.formats import FORMATS
 from funcmodel.run.lanes import CELLS, lane_to
+from funcmodel.run.machine import machine
+from funcmodel.run.mapped import Held
 from funcmodel.run.passages import Passage, Span, exact, passages
 from funcmodel.run.ring import Ring
 from funcmodel.run.scan import scan
@@ -492,6 +495,92 @@ print(max(most) - before, torch.get_num_threads() - threads)
         check=True,
     )
     assert run.stdout.split() == ["0", "0"]
+
+
+# -- slices of many small runs -----------------------------------------------------------------------------------------
+
+
+def sliced(plan: dict[str, Read]) -> dict[str, tuple[object, torch.Tensor]]:
+    """What lies in many small runs of its file, and what it is."""
+    large, half = content()["large"], content()["half"]
+    chosen = [*range(5), *range(80, 90), 3]
+    return {
+        "columns": (build.narrow(plan["large"], 1, 3, 500), large[:, 3:500]),
+        "a column": (build.narrow(plan["large"], 1, 7, 8), large[:, 7:8]),
+        "blocks": (build.take(plan["large"], chosen, 1), large[:, chosen]),
+        "turned": (build.transpose(build.narrow(plan["half"], 1, 100, 200)), half[:, 100:200].T),
+        "cast": (build.cast(build.narrow(plan["half"], 1, 5, 10), "float64"), half[:, 5:10].double()),
+        "few": (build.narrow(plan["complex"], 1, 2, 3), content()["complex"][:, 2:3]),
+    }
+
+
+@pytest.mark.usefixtures("leases")
+@pytest.mark.parametrize("writer", [False, True])
+def test_slices_of_small_runs_come_out_of_a_mapping_unless_somebody_may_write(writer, plan):
+    wanted = sliced(plan)
+    refs = {read.file for read in plan.values()}
+    made = StateDictPlan({key: expr for key, (expr, _) in wanted.items()})
+    routes = routing(made, machine(refs, smallest=0), route="stage")
+    assert set(routes.mapped) == {read.file.path for key in ("large", "half", "complex") for read in [plan[key]]}
+
+    def load() -> dict[str, torch.Tensor]:
+        return materialize_routed(made, routes, CPU, None, FORMATS, "ignore")
+
+    load()  # which imports what it needs
+    with ExitStack() as stack:
+        if writer:
+            for ref in refs:
+                stack.enter_context(open(ref.path, "r+b"))
+        before = Path("/proc/self/io").read_text()
+        found = load()
+        after = Path("/proc/self/io").read_text()
+    nbytes = int(after.split()[1]) - int(before.split()[1]) - len(before)
+    for key, (_, tensor) in wanted.items():
+        same(found[key], tensor.contiguous())
+    headers = 3 * (1 << 14)
+    assert (nbytes > headers) is writer
+
+
+@pytest.mark.usefixtures("leases")
+def test_who_waits_to_write_is_let_through_and_what_is_left_is_read(plan, tmp_path):
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(Path(plan["large"].file.path).read_bytes())
+    read = dict(scan(path))["large"]
+    shape, kind = torch_shape(read.spec), torch_dtype(read.spec.dtype)
+    box = (((0, 700),), ((3, 400),))
+    to = torch.empty(700, 400)
+    first = torch.empty(64, dtype=torch.uint8)
+    device, still = LazyDevice(), Held()
+    refused: list[int] = []
+
+    class Announcing(Counting):
+        """A source whose every call somebody uses to ask whether he may write."""
+
+        def readv_into(self, buffers, offset) -> None:
+            if not refused:
+                try:
+                    os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+                except BlockingIOError as error:  # the kernel has told us, and waits
+                    refused.append(error.errno)
+            super().readv_into(buffers, offset)
+
+    with opened({"large": read}) as files:
+        source_ = Announcing(files[str(path)])
+        source_.file = source_.inner  # whose bytes stand as tensors hold them
+        items: list[Passage] = [Span(source_, 0, 64, first, 0)]
+        items += passages(source_, read.offset, shape, kind, box, to, (), most=1 << 16, held=still)
+        assert still.bytes_of(source_.file) is not None
+        try:
+            Ring(threads=1, buffers=2, nbytes=1 << 16, pinned=True).run({device.lane: items})
+            assert still.bytes_of(source_.file) is None
+        finally:
+            still.release()
+        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+    device.synchronize()
+    assert refused
+    assert source_.nbytes > 64  # what was not taken out of the mapping was read, and nothing but what is wanted
+    assert source_.nbytes <= 64 + to.nbytes
+    same(to, content()["large"][:, 3:403].contiguous())
 
 
 # -- the choices -------------------------------------------------------------------------------------------------------

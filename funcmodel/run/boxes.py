@@ -57,6 +57,11 @@ def ranges(shape: Sequence[int], itemsize: int, box: Box) -> Iterator[tuple[int,
             yield base + start, size
 
 
+def distinct(box: Box) -> Box:
+    """The box with nothing twice."""
+    return tuple(_distinct(runs) for runs in box)
+
+
 def _split(shape: Sequence[int], box: Box) -> int:
     """The last axis of which not everything is wanted, or -1."""
     axis = len(shape) - 1
@@ -71,7 +76,7 @@ def widened(shape: Sequence[int], itemsize: int, box: Box) -> Box:
     Of runs that are worth a call of their own it is at most a tenth more, so that the slices of many ranks together
     read a file once.
     """
-    box = tuple(_distinct(runs) for runs in box)
+    box = distinct(box)
     while (axis := _split(shape, box)) >= 0:
         before = counts(box[:axis])
         runs = box[axis]

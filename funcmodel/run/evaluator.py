@@ -1,6 +1,7 @@
 """One call's work: open files, what is computed at once, and what is still to be read."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import prod
 from operator import itemgetter
 from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
@@ -27,7 +28,7 @@ from funcmodel.records.expressions import (
 )
 from funcmodel.records.routes import Route, Routing
 from funcmodel.records.tensors import TensorSpec
-from funcmodel.run.boxes import Box, box_of, chunks, ranges, scattered, whole, widened
+from funcmodel.run.boxes import FEW, Box, box_of, chunks, distinct, ranges, scattered, whole, widened
 from funcmodel.run.checks import LiveTensors, function
 from funcmodel.run.engine import Piece, Source, jobs, perform, plain_file, read_plain
 from funcmodel.run.memory import memory, tensor_at
@@ -37,6 +38,7 @@ from funcmodel.run.tensors import byte_view, tensor_spec, torch_dtype, torch_sha
 if TYPE_CHECKING:
     from funcmodel.run.buffers import Part
     from funcmodel.run.lanes import Lane
+    from funcmodel.run.mapped import Held
     from funcmodel.run.passages import Passage
     from funcmodel.run.ring import Ring
 
@@ -71,6 +73,7 @@ class Evaluator:
         self._passing: dict[torch.device, list[Passage]] = {}
         self._lanes: dict[torch.device, Lane] = {}
         self._rings: list[Ring] = []
+        self._still: Held | None = None
 
     def mapped(self, wanted: Sequence[tuple[str, Expr]]) -> dict[str, torch.Tensor]:
         """Tensors that are pages of their files; those that read the same bytes are pages of two mappings."""
@@ -175,7 +178,12 @@ class Evaluator:
             pass_through(parts, threads=routes.threads, buffers=routes.buffers, nbytes=routes.buffer or BUFFER)
         passing, self._passing = self._passing, {}
         if any(passing.values()):
-            self._ring().run({self._lane(device): items for device, items in passing.items()})
+            still, self._still = self._still, None
+            try:
+                self._ring().run({self._lane(device): items for device, items in passing.items()})
+            finally:
+                if still is not None:
+                    still.release()
 
     def _ring(self) -> "Ring":
         from funcmodel.run.ring import ring_of
@@ -292,8 +300,10 @@ class Evaluator:
             from funcmodel.run.passages import passages
 
             most, cells = self._routes.buffer or PINNED, self._lane(to.device).cells
+            held = self._held_for(read, shape, kind.itemsize, box)
             waiting = self._passing.setdefault(to.device, [])
-            waiting += passages(self.files[read.file], read.offset, shape, kind, box, to, casts, most=most, cells=cells)
+            source = self.files[read.file]
+            waiting += passages(source, read.offset, shape, kind, box, to, casts, most=most, cells=cells, held=held)
             return
         boxed = _Boxed(read, shape, kind, box, to, casts)
         mapped = read.file.path in self._mapped and not read.offset % kind.itemsize
@@ -309,6 +319,18 @@ class Evaluator:
             self._boxes.append(boxed)
         else:
             self._pass(boxed)
+
+    def _held_for(self, read: Read, shape: tuple[int, ...], itemsize: int, box: Box) -> "Held | None":
+        """The mapping to take a box out of that lies in many small runs, if its file can be held still."""
+        file = plain_file(self.files[read.file])
+        if file is None or read.file.path not in self._mapped or not scattered(shape, itemsize, box):
+            return None
+        if prod(map(len, distinct(box))) > FEW:
+            return None
+        from funcmodel.run.mapped import Held
+
+        still = self._still = self._still or Held()
+        return still if still.bytes_of(file) is not None else None
 
     def _pass(self, boxed: "_Boxed") -> None:
         """Note what is to pass through the buffers."""

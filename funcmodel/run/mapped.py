@@ -5,6 +5,7 @@ import fcntl
 import mmap
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Final
@@ -90,9 +91,17 @@ class Held:
 
     _mapped: dict[int, Any] = field(factory=dict, init=False)
     _leased: list[int] = field(factory=list, init=False)
+    _lock: threading.Lock = field(factory=threading.Lock, init=False)
 
     def bytes_of(self, file: SourceFile) -> memoryview | None:
-        """The file's bytes, to be used before anything else is done; None where it cannot be held still."""
+        """The file's bytes, to be used before anything else is done; None where it cannot be held still.
+
+        Several threads may ask.
+        """
+        with self._lock:
+            return self._bytes_of(file)
+
+    def _bytes_of(self, file: SourceFile) -> memoryview | None:
         found = self._mapped.get(file.fd)
         if found is None:
             found = self._mapped[file.fd] = self._take(file)

@@ -1,15 +1,18 @@
 """Copies from memory to memory: bits where the dtype stays, numbers where it is cast."""
 
 from collections.abc import Sequence
+from itertools import accumulate, product
+from math import prod
 from typing import Final
 
+import numpy as np
 import torch
 
 from funcmodel.errors import PlanError
 from funcmodel.records.dtypes import DType
 from funcmodel.records.expressions import At
 from funcmodel.records.tensors import TensorSpec
-from funcmodel.run.boxes import Box, Place, chunks, indices, packed, whole
+from funcmodel.run.boxes import Box, Place, chunks, counts, indices, packed, whole
 from funcmodel.run.tensors import torch_dtype
 
 _BITS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -49,6 +52,27 @@ def move_box(source: torch.Tensor, box: Box, to: torch.Tensor, casts: Sequence[D
             move(piece, placed(to, place), casts)
         else:
             _carry(piece, placed(to, place), casts)
+
+
+def cut(source: memoryview, start: int, shape: Sequence[int], itemsize: int, box: Box, to: memoryview) -> None:
+    """Copy the bytes of a box, in row-major order, in this thread alone.
+
+    Args:
+        source: bytes, among them those of a row-major tensor.
+        start: its first byte.
+        shape: its shape.
+        itemsize: bytes of an element.
+        box: what is copied.
+        to: as many bytes as that has.
+    """
+    kind = np.dtype(f"V{itemsize}")
+    stored = np.frombuffer(source, kind, prod(shape), start).reshape(shape)
+    wanted = np.frombuffer(to, kind).reshape(counts(box))
+    ends = [[*accumulate(length for _, length in runs)] for runs in box]
+    for chosen in product(*(range(len(runs)) for runs in box)):
+        here = tuple(slice(runs[i][0], sum(runs[i])) for i, runs in zip(chosen, box, strict=True))
+        there = tuple(slice(last[i] - runs[i][1], last[i]) for i, runs, last in zip(chosen, box, ends, strict=True))
+        np.copyto(wanted[there], stored[here])
 
 
 def _carry(source: torch.Tensor, to: torch.Tensor, casts: Sequence[DType]) -> None:

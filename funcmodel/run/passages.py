@@ -8,12 +8,13 @@ import torch
 from attrs import evolve, field, frozen
 
 from funcmodel.records.dtypes import DType
-from funcmodel.run.boxes import Box, chunks, ranges, widened
+from funcmodel.run.boxes import Box, chunks, distinct, ranges, widened
 from funcmodel.run.buffers import Part
-from funcmodel.run.engine import Source
+from funcmodel.run.engine import Piece, Source, plain_file
 from funcmodel.run.lanes import CELLS, Lane
+from funcmodel.run.mapped import Held
 from funcmodel.run.memory import ALIGNED
-from funcmodel.run.moves import move, picked, placed
+from funcmodel.run.moves import cut, move, picked, placed
 from funcmodel.run.slabs import flat_bytes
 from funcmodel.run.tensors import FROM_TORCH, torch_dtype
 
@@ -61,11 +62,13 @@ class Change:
         nbytes: how many bytes that are.
         room: bytes that it takes in a buffer.
         flat: where it goes, as bytes, if nothing is left to be done there; None: it goes to a scratch first.
+        held: the mapping that it is taken out of; None where it is read.
     """
 
     part: Part
     here: tuple[DType, ...]
     there: tuple[DType, ...]
+    held: Held | None = None
     first: int = field(init=False)
     arrives: torch.dtype = field(init=False)
     nbytes: int = field(init=False)
@@ -87,6 +90,16 @@ class Change:
     def source(self) -> Source:
         """The open file."""
         return self.part.source
+
+    def pieces(self, where: memoryview) -> Iterable[Piece]:
+        """The byte ranges that are to be read, and their places in a buffer; none where a mapping had the bytes."""
+        part = self.part
+        file = plain_file(part.source)
+        pages = None if self.held is None or file is None else self.held.bytes_of(file)
+        if pages is None:
+            return part.pieces(where)
+        cut(pages, part.base, part.shape, part.kind.itemsize, part.wide, where)
+        return ()
 
     def recast(self, where: torch.Tensor) -> None:
         """Make the casts of `here`, in the bytes that it was read into, in this thread alone."""
@@ -126,6 +139,7 @@ def passages(
     *,
     most: int,
     cells: int = 0,
+    held: Held | None = None,
 ) -> Iterator[Passage]:
     """A box of a stored tensor on its way to a tensor of its shape on a device.
 
@@ -139,11 +153,12 @@ def passages(
         casts: what happens to it on the way, one after the other.
         most: bytes of a buffer.
         cells: as in `Lane`.
+        held: the mapping of its file, where so many small runs are wanted that a call for each would take too long.
     """
     size = kind.itemsize
     if not to.numel():
         return
-    if not casts and to.is_contiguous() and widened(shape, size, box) == box:
+    if held is None and not casts and to.is_contiguous() and widened(shape, size, box) == box:
         flat, at = flat_bytes(to), 0
         for first, nbytes in ranges(shape, size, box):
             yield Span(source, base + first, nbytes, flat, at)
@@ -154,7 +169,8 @@ def passages(
     room = most * size // widest
     room = min(room, cells * size) if cells else room
     for part, wide, place in chunks(shape, size, box, room):
-        yield Change(Part(source, base, shape, kind, part, wide, placed(to, place), casts), here, there)
+        reads = wide if held is None else distinct(part)  # of a mapping, no more than is wanted
+        yield Change(Part(source, base, shape, kind, part, reads, placed(to, place), casts), here, there, held)
 
 
 def exact(kind: DType, casts: Sequence[DType]) -> bool:

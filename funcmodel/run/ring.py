@@ -195,7 +195,7 @@ def _fill(trip: list[Stop], where: memoryview) -> None:
         if type(one) is Span:
             pieces.append((one.first + done, where[start : start + size]))
         elif isinstance(one, Change):
-            pieces += one.part.pieces(where[start : start + one.part.nbytes])
+            pieces += one.pieces(where[start : start + one.part.nbytes])
     if source is not None:
         _read(source, pieces)
 
