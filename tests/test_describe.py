@@ -1,7 +1,7 @@
 """Plans as text, against files in `golden/`; and folding, whose result unfolds to the keys it was made from."""
 
 from collections.abc import Callable, Iterator
-from itertools import product
+from itertools import accumulate, product
 from pathlib import Path
 
 import pytest
@@ -51,9 +51,11 @@ def llama(*, score: bool = True) -> ModuleSpec:
 
 
 def stored(dtype: str = "bfloat16") -> dict[str, Expr]:
+    specs = {key: TensorSpec(shape, dtype) for key, shape in SHAPES.items()}
+    ends = accumulate((spec.nbytes for spec in specs.values()), initial=4096)
     return {
-        key: Read(FILES[at * 3 // len(SHAPES)], key, TensorSpec(shape, dtype), 4096)
-        for at, (key, shape) in enumerate(SHAPES.items())
+        key: Read(FILES[at * 3 // len(SHAPES)], key, spec, start)
+        for at, ((key, spec), start) in enumerate(zip(specs.items(), ends, strict=False))
     }
 
 

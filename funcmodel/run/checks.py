@@ -1,28 +1,23 @@
 """What can be checked before the first byte is read."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any, TypeAlias, cast
 
 import torch
 
+from funcmodel.core.lowering import nodes
 from funcmodel.core.shapes import spec_of
 from funcmodel.errors import PlanError, ShapeError, StalePlanError, TruncatedError
 from funcmodel.records.expressions import (
     Call,
     Cast,
-    Concat,
     Expr,
     FileRef,
     Full,
-    Index,
     Live,
     Noise,
-    Permute,
     Read,
-    Reshape,
-    Stack,
-    Take,
 )
 from funcmodel.records.tensors import TensorSpec
 from funcmodel.run.tensors import TORCH_DTYPES, tensor_spec
@@ -66,23 +61,6 @@ def _behind(key: str, read: Read) -> TruncatedError:
         expected=stop,
         found=read.file.nbytes,
     )
-
-
-def nodes(expr: Expr) -> Iterator[Expr]:
-    """An expression and everything below it."""
-    waiting = [expr]
-    while waiting:
-        node = waiting.pop()
-        yield node
-        match node:
-            case Index() | Permute() | Take() | Reshape() | Cast():
-                waiting.append(node.of)
-            case Concat() | Stack():
-                waiting.extend(node.parts)
-            case Call():
-                waiting.extend(node.args)
-            case Read() | Live() | Full() | Noise():
-                pass
 
 
 def has_call(expr: Expr) -> bool:

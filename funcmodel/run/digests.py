@@ -12,12 +12,12 @@ from attrs import evolve, frozen
 from funcmodel.core.digests import Recorded, digests_in, header_digest, parse_sidecar
 from funcmodel.core.folder import SIDECAR
 from funcmodel.core.limits import LIMITS, Limits, accepted
+from funcmodel.core.lowering import nodes
 from funcmodel.errors import CheckpointError, DigestError
 from funcmodel.records.checkpoint import FileSpec, StoredTensor
 from funcmodel.records.expressions import Expr, FileRef, Read
 from funcmodel.records.mapping import FrozenMap
 from funcmodel.records.reports import Damage
-from funcmodel.run.checks import nodes
 from funcmodel.run.files import Digest, Hashed, SourceFile, open_regular
 from funcmodel.run.formats import Format, format_named
 

@@ -125,6 +125,8 @@ def tensor_at(where: memoryview, start: int, kind: torch.dtype, shape: tuple[int
     """
     if 0 in shape:
         return torch.empty(shape, dtype=kind, device="cpu")
+    if len(shape) == 1:
+        return torch.frombuffer(where, dtype=kind, count=shape[0], offset=start)
     # By numpy, because torch.frombuffer makes one axis only and the view that gives it others costs twice as much.
     native = _NATIVE.get(kind)
     if native is not None:
