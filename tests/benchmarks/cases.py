@@ -232,6 +232,8 @@ def cold(world: World) -> Case:
             mine("load in place", lambda: ours.load(path, **IN_PLACE), **real),
             mine("load into meta", lambda: ours.load(path), **meta),
             *(limit(direct_name(n), lambda n=n: limits.direct(path, aligned, n), **nothing) for n in threads),
+            limit("O_DIRECT and a copy, 4 threads", lambda: limits.direct_copied(path, aligned, 4), **nothing),
+            limit("O_DIRECT and a copy, 8 threads", lambda: limits.direct_copied(path, aligned, 8), **nothing),
             peer("load_file + load_state_dict", lambda: peers.load_file_state_dict(path), **real),
             peer("load_file + touch (mapped)", lambda: peers.load_file_touch(path), **nothing),
             peer("transformers + touch (mapped)", lambda: peers.from_pretrained(folder, then="touch"), **nothing),
