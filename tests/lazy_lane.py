@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from funcmodel.run.lanes import Lane
+from funcmodel.run.memory import PAGE
 
 Mark = tuple["LazyStream", int]
 
@@ -48,7 +49,9 @@ class LazyDevice:
         with self.lock:
             self.hosts.append(nbytes)
             self.pinned.add(pinned)
-        return torch.full((nbytes,), 0xAB, dtype=torch.uint8)
+        spare = torch.full((nbytes + PAGE,), 0xAB, dtype=torch.uint8)
+        start = -spare.data_ptr() % PAGE  # pinned memory starts on a page
+        return spare[start : start + nbytes]
 
     def stream(self) -> LazyStream:
         self.sides.append(LazyStream())

@@ -3,14 +3,14 @@
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -21,6 +21,9 @@ from funcmodel.plan.routing import LARGE
 from funcmodel.run.direct import DirectFile
 from funcmodel.run.files import open_regular
 from funcmodel.run.memory import PAGE, memory
+from funcmodel.run.passages import Span, trips
+from funcmodel.run.ring import Ring
+from tests.lazy_lane import LazyDevice
 from tests.test_machine import can_count, evict, resident
 
 BLOCK = 4096
@@ -97,6 +100,91 @@ def test_any_bytes_to_where_they_may_go_at_once(
         direct.readv_into([whole], start)
     assert whole == content[start : start + size]
     assert {*pages[:shift], *pages[shift + size :]} == {0xEE}
+
+
+@few
+@given(span=spans(), shift=st.sampled_from([0, 0, 0, 512, 1]), room=st.sampled_from([0, 1, BLOCK]))
+def test_any_bytes_into_the_pages_of_a_buffer(
+    path: Path, content: bytes, span: tuple[int, list[int]], shift: int, room: int
+) -> None:
+    """They arrive, and no other page of the buffer changes."""
+    offset, size = span[0], sum(span[1])
+    start = BLOCK + offset % BLOCK
+    stop = start + size
+    pages = memoryview(mmap.mmap(-1, shift + stop + 2 * BLOCK))
+    pages[:] = b"\xee" * len(pages)
+    where = pages[shift : shift + stop + room]
+    with open_regular(path) as file, DirectFile(file) as direct:
+        direct.read_pages(where, start, stop, offset)
+    assert where[start:stop] == content[offset : offset + size]
+    after = -(-stop // BLOCK) * BLOCK
+    assert {*pages[: shift + BLOCK], *pages[shift + after :]} == {0xEE}
+
+
+@pytest.mark.parametrize("left", [0, 1, BLOCK, BLOCK + 1, (8 << 20) + 7, SIZE - 1])
+def test_a_file_that_shrinks_under_a_buffer_is_an_error(tmp_path: Path, content: bytes, left: int) -> None:
+    path = tmp_path / "bytes"
+    path.write_bytes(content)
+    with open_regular(path) as file, DirectFile(file) as direct:
+        os.truncate(path, left)
+        with pytest.raises(ChangedError) as caught:
+            direct.read_pages(memoryview(mmap.mmap(-1, SIZE + 2 * BLOCK)), 5, SIZE, 5)
+    assert (caught.value.path, caught.value.expected, caught.value.found) == (str(path), SIZE, left)
+
+
+class Watched(DirectFile):
+    """How many bytes pass through a buffer of the file's own."""
+
+    def readv_into(self, buffers: Sequence[memoryview], offset: int) -> None:
+        self.through = getattr(self, "through", 0) + sum(map(len, buffers))
+        super().readv_into(buffers, offset)
+
+
+NEAR = st.sampled_from([0, 0, 1, 4, 64, 5000])
+LENGTH = st.sampled_from([1, 100, 5000, 200_000, 256 << 10, 300_001, 1 << 20, 3_000_000])
+
+
+@few
+@given(
+    st.lists(st.tuples(NEAR, LENGTH, st.booleans()), min_size=1, max_size=12),
+    st.integers(0, 5000),
+    st.sampled_from([4096, 1 << 18, 1 << 19, 8 << 20]),
+)
+@example([(0, 300_001, False), (0, 300_001, True), (0, 300_001, True), (5, 300_001, True), (0, 1, True)], 77, 8 << 20)
+def test_what_is_large_goes_from_the_disk_into_a_buffer_of_the_ring_at_once(
+    path: Path, content: bytes, drawn: list[tuple[int, int, bool]], first: int, most: int
+) -> None:
+    device, block = LazyDevice(), torch.zeros(SIZE, dtype=torch.uint8)
+    large = top = 0
+    with open_regular(path) as file, Watched(file) as source:
+        items, offset = [], first
+        for gap, size, packed in drawn:
+            offset += gap
+            if offset + size > SIZE:
+                break
+            to, at = (block, top) if packed else (torch.zeros(size, dtype=torch.uint8), 0)
+            items.append(Span(source, offset, size, to, at, padded=packed))
+            offset, top = offset + size, top + size * packed
+        for trip in trips(items, most, 64):
+            for stop in trip:
+                assert 0 <= stop.start < stop.end <= most
+                large += stop.size * stop.direct
+                if stop.direct:
+                    assert (stop.start - stop.offset) % BLOCK == 0
+                    for other in trip:
+                        if other is not stop and other.end > stop.start // BLOCK * BLOCK:
+                            beside = other.start - stop.start == other.offset - stop.offset and other.direct
+                            assert beside or other.start >= -(-stop.end // BLOCK) * BLOCK
+        Ring(threads=1, buffers=2, nbytes=most, pinned=True).run({device.lane: items})
+        through = getattr(source, "through", 0)
+    device.synchronize()
+    assert device.idle()
+    for one in items:
+        assert one.to[one.at : one.at + one.nbytes].numpy().tobytes() == content[one.first : one.first + one.nbytes]
+    if is_direct(path):
+        assert through == sum(one.nbytes for one in items) - large
+    if most > 1 << 18:
+        assert large >= sum(one.nbytes for one in items if one.nbytes >= 1 << 20) / 2
 
 
 @pytest.mark.parametrize("nbytes", [1, 1000, 64 << 10, 4 << 20, (4 << 20) + 1, 9 << 20])

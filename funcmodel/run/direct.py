@@ -59,6 +59,21 @@ class DirectFile:
                 buffers, offset = (buffer[whole:],), offset + whole
         self._through(buffers, offset)
 
+    def read_pages(self, where: memoryview, start: int, stop: int, offset: int) -> None:
+        """Fill `where[start:stop]` with the bytes from `offset` on; the rest of the first and last page may change too.
+
+        Nothing is copied where a byte's place in its page is that in the file.
+        """
+        at, last, done = start - offset % _BLOCK, -(-stop // _BLOCK) * _BLOCK, start
+        if self._open and at >= 0 and last <= len(where) and not (_address(where) + at) % _BLOCK:
+            got = _BLOCK
+            while at < stop and got and not got % _BLOCK:  # refused, or the end of a file that was cut short
+                got = self._direct(where[at:last], offset - start + at)
+                at += got
+            done = max(start, min(at, stop))
+        if done < stop:
+            self.readv_into((where[done:stop],), offset + done - start)
+
     def _through(self, buffers: Sequence[memoryview], offset: int) -> None:
         """Read buffers, one after the other, by way of this thread's pages."""
         stop = offset + sum(map(len, buffers))
@@ -84,7 +99,7 @@ class DirectFile:
                     waiting.append(buffer[size:])
 
     def _direct(self, where: memoryview, start: int) -> int:
-        """How many bytes were read. None where the system refuses; through the cache it says why."""
+        """How many bytes were read; 0 where the system refuses, which says why when it is asked through the cache."""
         try:
             return os.preadv(self._open[0].fileno(), [where], start)
         except OSError:

@@ -112,12 +112,13 @@ class SourceFile:
                 errno=error.errno,
             ) from error
         if not count:
+            ended = min(offset, os.fstat(self.fd).st_size)
             raise ChangedError(
-                f"{self.path}: ended at byte {offset}, had {self.nbytes} bytes when it was opened; "
+                f"{self.path}: ended at byte {ended}, had {self.nbytes} bytes when it was opened; "
                 "another process writes to it, so read it again when it is finished",
                 path=self.path,
                 expected=self.nbytes,
-                found=offset,
+                found=ended,
             )
         return count
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from attrs import frozen
 
-from funcmodel.run.memory import memory, tensor_at
+from funcmodel.run.memory import PAGE, memory, tensor_at
 
 Stream: TypeAlias = Any
 Mark: TypeAlias = Any
@@ -110,7 +110,7 @@ def _synchronous(device: torch.device) -> Lane:
 
 
 def _plain(nbytes: int) -> torch.Tensor:
-    return tensor_at(memory(nbytes), 0, torch.uint8, (nbytes,))
+    return tensor_at(memory(nbytes, PAGE), 0, torch.uint8, (nbytes,))
 
 
 def _call(action: Callable[[], None]) -> None:

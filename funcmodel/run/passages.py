@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 import torch
 from attrs import evolve, field, frozen
@@ -10,15 +10,17 @@ from attrs import evolve, field, frozen
 from funcmodel.records.dtypes import DType
 from funcmodel.run.boxes import Box, chunks, distinct, ranges, widened
 from funcmodel.run.buffers import Part
+from funcmodel.run.direct import DirectFile
 from funcmodel.run.engine import Piece, Source, plain_file
 from funcmodel.run.lanes import CELLS, Lane
 from funcmodel.run.mapped import Held
-from funcmodel.run.memory import ALIGNED
+from funcmodel.run.memory import ALIGNED, PAGE
 from funcmodel.run.moves import cut, move, picked, placed
 from funcmodel.run.slabs import flat_bytes
 from funcmodel.run.tensors import FROM_TORCH, torch_dtype
 
 _TAIL: Final = 4096  # less room than this at the end of a buffer is left empty
+_LARGE: Final = 256 << 10  # of files that are read past the page cache, what a disk writes into the buffer at once
 
 
 @frozen(eq=False)
@@ -123,9 +125,37 @@ class Change:
 
 
 Passage: TypeAlias = Span | Change
-Stop: TypeAlias = tuple[Passage, int, int, int, bool]
-"""A passage or a part of a span, on one trip: what, from which of its bytes on, how many, where in the buffer, and
-whether one copy serves it and the stop before."""
+
+
+class Stop(NamedTuple):
+    """A passage or a part of a span, on one trip.
+
+    Attributes:
+        one: what.
+        done: from which of its bytes on.
+        size: how many.
+        start: where in the buffer.
+        joins: whether one copy serves it and the stop before.
+        direct: whether it lies in pages as it lies in the file, and the rest of these pages is nobody's, or its
+            neighbors' in the file: a disk may write them whole.
+    """
+
+    one: Passage
+    done: int
+    size: int
+    start: int
+    joins: bool
+    direct: bool
+
+    @property
+    def offset(self) -> int:
+        """Its first byte in the file."""
+        return self.one.first + self.done
+
+    @property
+    def end(self) -> int:
+        """Where the next byte in the buffer is."""
+        return self.start + self.size
 
 
 def passages(
@@ -206,11 +236,15 @@ def trips(passing: Iterable[Passage], most: int, step: int) -> Iterator[list[Sto
     for one in passing:
         done = 0
         while done < one.nbytes:
-            start, joins = -(-top // ALIGNED) * ALIGNED, False
-            if type(one) is Span and one.to is to and trip:
-                gap = one.at + done - end
-                joins = gap == 0 or (one.padded and not done and 0 < gap < step)
-                start = top + gap if joins else start
+            start, joins, direct = _up(top, ALIGNED), False, False
+            if type(one) is Span:
+                gap = one.at + done - end if trip and one.to is to else -1
+                direct = min(one.nbytes - done, most) >= _LARGE and isinstance(one.source, DirectFile)
+                if direct:
+                    start, joins = _in_pages(one, done, trip, top, gap)
+                elif not gap or (one.padded and not done and 0 < gap < step):
+                    joins = not trip[-1].direct
+                    start = top + gap if joins else start
             left = most - start
             if trip and (left < min(_TAIL, one.nbytes - done) if type(one) is Span else left < one.room):
                 yield trip
@@ -222,10 +256,25 @@ def trips(passing: Iterable[Passage], most: int, step: int) -> Iterator[list[Sto
                 top = start + size
             else:
                 size, to, top = one.nbytes, None, start + one.room
-            trip.append((one, done, size, start, joins))
+            trip.append(Stop(one, done, size, start, joins, direct))
+            top = _up(top, PAGE) if direct else top
             done += size
     if trip:
         yield trip
+
+
+def _in_pages(one: Span, done: int, trip: list[Stop], top: int, gap: int) -> tuple[int, bool]:
+    """Where a span starts whose pages a disk writes whole, and whether it joins the stop before."""
+    offset = one.first + done
+    if trip and trip[-1].direct and trip[-1].one.source is one.source:
+        last = trip[-1]
+        if last.offset + last.size == offset:  # there it goes on, and so it does here
+            return last.end, not gap
+    return _up(top, PAGE) + offset % PAGE, False
+
+
+def _up(size: int, step: int) -> int:
+    return -(-size // step) * step
 
 
 def once(passing: Mapping[Lane, Iterable[Passage]]) -> dict[Lane, list[Passage]]:

@@ -7,7 +7,7 @@ thread serves any device, so that several are filled side by side by as many buf
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from itertools import cycle
+from itertools import cycle, groupby
 from typing import TypeAlias
 
 import torch
@@ -17,9 +17,10 @@ from funcmodel._toolz import interleave
 from funcmodel.plan.routing import PINNED
 from funcmodel.records.routes import Routing
 from funcmodel.run.crew import Crew
-from funcmodel.run.engine import Piece, Source, jobs
+from funcmodel.run.direct import DirectFile
+from funcmodel.run.engine import Piece, jobs
 from funcmodel.run.lanes import Lane, Mark, Stream
-from funcmodel.run.memory import ALIGNED
+from funcmodel.run.memory import ALIGNED, PAGE
 from funcmodel.run.passages import Change, Passage, Span, Stop, in_file_order, once, trips
 from funcmodel.run.slabs import alignment
 
@@ -147,7 +148,7 @@ class Ring:
                     if load is None:
                         return
                     lane, trip = load
-                    flat = slot.taken(lane, max(size, _end(trip)), self._pinned)
+                    flat = slot.taken(lane, max(size, _room(trip)), self._pinned)
                     _fill(trip, flat.numpy().data)
                     with at_work(lane):
                         _send(trip, flat, ways[lane].scratches[number], lane)
@@ -179,35 +180,38 @@ def ring_of(routes: Routing) -> Ring:
     )
 
 
-def _end(trip: list[Stop]) -> int:
-    one, _, size, start, _ = trip[-1]
-    return start + (size if type(one) is Span else one.room)
+def _room(trip: list[Stop]) -> int:
+    last = trip[-1]
+    end = last.start + (last.size if type(last.one) is Span else last.one.room)
+    return -(-end // PAGE) * PAGE if last.direct else end
 
 
 def _fill(trip: list[Stop], where: memoryview) -> None:
-    source: Source | None = None
-    pieces: list[Piece] = []
-    for one, done, size, start, _ in trip:
-        if one.source is not source and source is not None:
-            _read(source, pieces)
-            pieces = []
-        source = one.source
-        if type(one) is Span:
-            pieces.append((one.first + done, where[start : start + size]))
-        elif isinstance(one, Change):
-            pieces += one.pieces(where[start : start + one.part.nbytes])
-    if source is not None:
-        _read(source, pieces)
+    for source, stops in groupby(trip, lambda stop: stop.one.source):
+        pieces: list[Piece] = []
+        for stop in stops:
+            if isinstance(stop.one, Change):
+                pieces += stop.one.pieces(where[stop.start : stop.start + stop.one.part.nbytes])
+            elif not stop.direct:
+                pieces.append((stop.offset, where[stop.start : stop.end]))
+        for file, offset, views in jobs(source, pieces):
+            file.readv_into(views, offset)
+    _fill_pages([stop for stop in trip if stop.direct], where)
 
 
-def _read(source: Source, pieces: list[Piece]) -> None:
-    for file, offset, views in jobs(source, pieces):
-        file.readv_into(views, offset)
+def _fill_pages(stops: list[Stop], where: memoryview) -> None:
+    """Read what lies in whole pages; what goes on in the file is one call."""
+    while stops:
+        first = last = stops.pop(0)
+        while stops and stops[0].one.source is last.one.source and stops[0].start == last.end:
+            last = stops.pop(0)
+        if isinstance(first.one.source, DirectFile):
+            first.one.source.read_pages(where, first.start, last.end, first.offset)
 
 
 def _also(trip: list[Stop], flat: torch.Tensor) -> Iterator[tuple[Lane, torch.Tensor, torch.Tensor]]:
     """What goes to further places: how, where to, and the bytes."""
-    for one, done, size, start, _ in trip:
+    for one, done, size, start, _, _ in trip:
         if type(one) is Span:
             for lane, to, at in one.also:
                 yield lane, to[at + done : at + done + size], flat[start : start + size]
@@ -216,7 +220,7 @@ def _also(trip: list[Stop], flat: torch.Tensor) -> Iterator[tuple[Lane, torch.Te
 def _send(trip: list[Stop], flat: torch.Tensor, scratch: torch.Tensor, lane: Lane) -> None:
     """Give the device everything that is in a buffer."""
     to, at, first, last = scratch, 0, 0, 0  # the copy that is being collected: flat[first:last] to `to[at:]`
-    for one, done, size, start, joins in trip:
+    for one, done, size, start, joins, _ in trip:
         if isinstance(one, Change):
             one.recast(flat[start:])
             target, place = (scratch, start) if one.flat is None else (one.flat, 0)
@@ -229,6 +233,6 @@ def _send(trip: list[Stop], flat: torch.Tensor, scratch: torch.Tensor, lane: Lan
             to, at, first = target, place, start
         last = start + size
     lane.copy(to[at : at + last - first], flat[first:last])
-    for one, _, _, start, _ in trip:
+    for one, _, _, start, _, _ in trip:
         if isinstance(one, Change) and one.flat is None:
             lane.give(partial(one.settle, scratch[start:]))
