@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import funcmodel as fm
+from funcmodel.records.expressions import Call
 
 MIB = 1 << 20
 SLACK = 6 * MIB  # of the allocator and of threads
@@ -161,3 +162,128 @@ def test_what_is_written_is_in_the_page_cache(folder, tmp_path):
     fm.apply(plan, tmp_path)
     read, written = folder / "model.safetensors", tmp_path / "model.safetensors"
     assert abs(resident(read) + resident(written) - fm.cost(plan).cached) <= MIB
+
+
+SLICED = """
+import json, sys
+from itertools import product
+import torch
+import funcmodel as fm
+from funcmodel.core import build
+from funcmodel.run.evaluate import materialize_routed
+from funcmodel.run.formats import FORMATS
+
+plan = dict(fm.scan(sys.argv[1]))
+whole = fm.materialize(plan)
+sliced = {f"{key}.part": build.narrow(read, 1, 128, 384) for key, read in plan.items()}  # runs of 1 KiB
+sliced |= {f"{key}.turned": build.transpose(build.narrow(read, 1, 0, 256)) for key, read in plan.items()}
+sliced["joined"] = build.concat([build.narrow(read, 1, 7, 99) for read in plan.values()])
+sliced["cast"] = build.cast(build.narrow(plan["w0"], 1, 4000, 4096), "bfloat16")
+right = {f"{key}.part": tensor[:, 128:384] for key, tensor in whole.items()}
+right |= {f"{key}.turned": tensor[:, :256].T for key, tensor in whole.items()} | whole
+right["joined"] = torch.cat([tensor[:, 7:99] for tensor in whole.values()])
+right["cast"] = whole["w0"][:, 4000:].bfloat16()
+
+def read():
+    with open("/proc/self/io") as file:
+        return int(next(row for row in file if row.startswith("rchar")).split()[1])
+
+for wanted, mappable, route in product((sliced, sliced | plan), (False, True), (None, "stage")):
+    storage = fm.Storage(kind="ext4", mappable=mappable, cached=0.0, direct=True)
+    machine = fm.Machine(threads=2, storage={read.file.path: storage for read in plan.values()})
+    routes = fm.routing(fm.StateDictPlan(wanted), machine, route=route)
+    for _ in range(2):  # the first imports what it needs
+        start = read()
+        found = materialize_routed(wanted, routes, torch.device("cpu"), None, FORMATS, "ignore")
+        nbytes = read() - start
+    print(json.dumps({
+        "everything": len(wanted) > len(sliced), "direct": bool(routes.direct), "read": nbytes,
+        "said": sum(fm.cost(fm.StateDictPlan(wanted), routes=routes).read.values()),
+        "right": all(torch.equal(found[key], right[key]) for key in wanted),
+    }))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs Linux's /proc")
+def test_slices_of_a_cold_file_are_not_read_by_blocks(folder):
+    run = subprocess.run([sys.executable, "-c", SLICED, str(folder)], capture_output=True, text=True, check=True)
+    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(rows) == 8
+    for row in rows:
+        assert row["right"]
+        assert row["direct"] == row["everything"]  # of slices alone so little is wanted that the cache has room
+        assert row["read"] <= 1.1 * row["said"] + MIB
+
+
+MANY = """
+import json, sys, threading
+import torch
+import funcmodel as fm
+import funcmodel.run.direct
+from funcmodel.run.evaluate import fill_routed
+from funcmodel.run.formats import FORMATS
+
+plan = {}
+for path in sys.argv[1:]:
+    plan |= fm.scan(path)
+storage = {read.file.path: fm.Storage(kind="ext4", cached=0.0, direct=True) for read in plan.values()}
+routes = fm.routing(plan, fm.Machine(threads=2, storage=storage), into="existing")
+into = {key: torch.zeros(read.spec.shape) for key, read in plan.items()}
+said = fm.cost(fm.StateDictPlan(plan), routes=routes)
+highest, over = 0, threading.Event()
+
+def anonymous():
+    with open("/proc/self/status") as file:
+        return next(int(row.split()[1]) << 10 for row in file if row.startswith("RssAnon:"))
+
+def watch():
+    global highest
+    while not over.wait(0.0005):
+        highest = max(highest, anonymous())
+
+before = anonymous()
+watcher = threading.Thread(target=watch)
+watcher.start()
+fill_routed(plan, routes, into, None, FORMATS, "ignore")
+over.set()
+watcher.join()
+right = all(torch.equal(tensor, torch.full_like(tensor, float(key[1:]))) for key, tensor in into.items())
+print(json.dumps({"direct": len(routes.direct), "extra": highest - before, "said": said.buffers, "right": right}))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_what_threads_read_into_is_theirs_and_not_each_file_s(tmp_path):
+    count = 8
+    paths = [str(tmp_path / f"{i}.safetensors") for i in range(count)]
+    for i, path in enumerate(paths):
+        save_file({f"w{i}": torch.full((33, 1 << 18), float(i))}, path)
+    command = [sys.executable, "-c", MANY, *paths]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert found["right"]
+    assert found["direct"] == count
+    assert found["extra"] <= found["said"] + SLACK <= 64 * MIB
+
+
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.large = torch.nn.Parameter(torch.zeros(1024, 4096))
+        self.made = torch.nn.ParameterList(torch.nn.Parameter(torch.zeros(256, 1024)) for _ in range(3))
+
+
+def test_overwriting_keeps_no_second_copy(tmp_path):
+    net = Net()
+    fm.save(net, tmp_path)
+    source = dict(fm.scan(tmp_path))
+    spec = source["made.0"].spec
+    for i in range(3):
+        source |= {f"made.{i}": Call("torch:neg", (source[f"made.{i}"],), spec)}
+    plan = fm.checked(fm.plan_load(fm.module_spec(net), fm.StateDictPlan(source)))
+    swap, place = (fm.cost(fm.routed(plan, commit=commit)) for commit in ("swap", "in_place"))
+    cpu = fm.Device("cpu")
+    held = fm.footprint(fm.module_spec(net))
+    one = spec.nbytes
+    assert (swap.held[cpu], place.held[cpu]) == (held, held)
+    assert swap.peak[cpu] == 2 * held + 2 * one  # what is replaced, and one call with its argument
+    assert place.peak[cpu] == held + 2 * one + 3 * one  # the same, and all that is made before anything is written

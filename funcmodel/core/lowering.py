@@ -128,6 +128,19 @@ def leaves(expr: Expr) -> Iterator[Leaf]:
     return (node for node in nodes(expr) if isinstance(node, Read | Live | Full | Noise))
 
 
+def has_call(expr: Expr) -> bool:
+    """Whether anything in the expression runs a function.
+
+    Example:
+        >>> from funcmodel.core.build import live
+        >>> from funcmodel.records.tensors import TensorSpec
+        >>> x = live("x", TensorSpec([4], "float32"))
+        >>> has_call(x), has_call(Call("torch:relu", (x,), x.spec))
+        (False, True)
+    """
+    return type(expr) is not Read and any(type(node) is Call for node in nodes(expr))
+
+
 def reads(expr: Expr) -> Iterator[tuple[Read, Box]]:
     """Which boxes of which stored tensors `expr` uses, a `(start, stop)` per axis of the stored tensor.
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import assert_never
 
-from funcmodel.core.lowering import leaves, nodes
+from funcmodel.core.lowering import has_call, leaves
 from funcmodel.errors import PlanError
 from funcmodel.records.actions import (
     Assign,
@@ -13,7 +13,7 @@ from funcmodel.records.actions import (
     Offload,
     Tie,
 )
-from funcmodel.records.expressions import Call, Expr, Live, Noise, Read
+from funcmodel.records.expressions import Expr, Live, Noise, Read
 from funcmodel.records.mapping import FrozenMap
 from funcmodel.records.module import ModuleSpec
 from funcmodel.records.plans import LoadPlan
@@ -102,7 +102,7 @@ def origin_of(expr: Expr) -> Origin:
         elif isinstance(leaf, Live):
             lives[leaf.key] = None
     kind: OriginKind
-    if any(isinstance(node, Call) for node in nodes(expr)):
+    if has_call(expr):
         kind = "computed"
     else:
         kind = "file" if files else "live" if lives else "noise" if Noise in kinds else "constant"

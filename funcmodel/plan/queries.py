@@ -9,7 +9,7 @@ from typing import Final, Literal, TypeAlias, assert_never
 from attrs import evolve
 
 from funcmodel.core.index import render_index
-from funcmodel.core.lowering import nodes, reads
+from funcmodel.core.lowering import has_call, nodes, reads
 from funcmodel.core.shapes import nbytes_of, spec_of
 from funcmodel.core.wire import BLANK, render_header, with_digests
 from funcmodel.errors import PlanError
@@ -107,8 +107,10 @@ def cost(plan: StateDictPlan | LoadPlan | SavePlan, *, on: object = "cpu", route
     `peak` is what stays, what is replaced only at the end (`commit="swap"` keeps a module's present tensors until then;
     leaves on meta have none), and on the CPU the largest tensor that is computed aside: arguments and result of a
     `Call`, what a reshape reorders, a draw in float32, the second of two names that must agree; of a save the largest
-    tensor. Buffers come on top: those that the routes name, or where there are no routes yet at most 64 MiB, and on the
-    way to a GPU 128 MiB; of a save 16 MiB for each file that may be written at once, of which there are up to 8.
+    tensor. Where the routes say that tensors are overwritten (`routed(plan, commit="in_place")`), nothing is replaced,
+    but all that a `Call` makes is there before the first byte is written. Buffers come on top: those that the routes
+    name, or where there are no routes yet at most 64 MiB, and on the way to a GPU 128 MiB; of a save 16 MiB for each
+    file that may be written at once, of which there are up to 8.
 
     Args:
         plan: the plan.
@@ -129,7 +131,10 @@ def cost(plan: StateDictPlan | LoadPlan | SavePlan, *, on: object = "cpu", route
             way = {} if routes is None else routes.routes
             lent = sum(nbytes_of(expr) for key, expr in plan.items() if way.get(key) == "map")
             ways = [(expr, home, way.get(key)) for key, expr in plan.items()]
-            found = _cost(ways, {home: nbytes(plan) - lent}, max(map(_aside, plan.values()), default=0))
+            aside = max(map(_aside, plan.values()), default=0)
+            if routes is not None and routes.into == "existing":
+                aside += sum(nbytes_of(expr) for expr in plan.values() if has_call(expr))
+            found = _cost(ways, {home: nbytes(plan) - lent}, aside)
             changed = {home} if any(type(expr) is not Read for expr in plan.values()) else set[Device]()
             return _with_routes(found, routes, lent, changed)
         case LoadPlan():
@@ -233,7 +238,7 @@ def _with_routes(found: Cost, routes: Routing | None, borrowed: int, changed: Co
 def _load_cost(plan: LoadPlan) -> Cost:
     held: dict[Device, int] = {}
     ways: list[_Way] = []
-    aside = borrowed = 0
+    aside = early = borrowed = 0
     changed: set[Device] = set()
     way = {} if plan.routing is None else plan.routing.routes
     for action in plan.actions:
@@ -247,7 +252,12 @@ def _load_cost(plan: LoadPlan) -> Cost:
         if expr is not None:
             ways.append((expr, where, way.get(action.key)) if type(action) is Assign else (expr, CPU, "read"))
             aside = max(aside, _aside(expr) + (nbytes_of(expr) if isinstance(action, Tie) else 0))
-    return _with_routes(_cost(ways, held, aside, plan.replaced), plan.routing, borrowed, changed)
+            early += nbytes_of(expr) if has_call(expr) else 0
+    if plan.routing is not None and plan.routing.into == "existing":
+        found = _cost(ways, held, aside + early)
+    else:
+        found = _cost(ways, held, aside, plan.replaced)
+    return _with_routes(found, plan.routing, borrowed, changed)
 
 
 def _held(action: LoadAction) -> tuple[Device, int, Expr | None]:

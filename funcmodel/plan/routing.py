@@ -1,24 +1,24 @@
 """Which way every tensor of a plan takes from its file: a pure choice, from the plan, sizes, and what a probe found."""
 
 from collections.abc import Iterable, Mapping
+from math import prod
 from typing import Final, Literal, TypeAlias
 
 from attrs import evolve
 
 from funcmodel.core.limits import check_choice
-from funcmodel.core.lowering import byte_runs, leaves
+from funcmodel.core.lowering import byte_runs, reads
 from funcmodel.core.shapes import nbytes_of
 from funcmodel.core.templates import Matcher, template
 from funcmodel.errors import PlanError
 from funcmodel.records.actions import Assign
 from funcmodel.records.devices import CPU, Device, device
-from funcmodel.records.expressions import Expr, Index, Read
+from funcmodel.records.expressions import Cast, Expr, Index, Read
 from funcmodel.records.mapping import FrozenMap
 from funcmodel.records.plans import LoadPlan
-from funcmodel.records.routes import ROUTES, Machine, Memory, Route, Routing, Storage
+from funcmodel.records.routes import ROUTES, Into, Machine, Memory, Route, Routing, Storage
 
 Wanted: TypeAlias = Route | Mapping[str, Route] | None
-Into: TypeAlias = Literal["fresh", "existing"]
 
 SMALL: Final = 64 << 10  # smaller tensors share a slab
 SLAB: Final = 4 << 20  # which is at most this large
@@ -30,6 +30,9 @@ PAGEABLE: Final = 256 << 20  # of less, none of those is pinned
 FEW_PINNED: Final = 4  # up to MANY bytes so many are
 MANY: Final = 1_500_000_000  # and from there on two for each thread
 LARGE: Final = 32 << 20  # a file of which less is wanted is read through the page cache, cold or not
+FEW: Final = 64  # up to so many runs are read one by one, byte for byte
+SCATTERED: Final = 64 << 10  # bytes of a run from which on a call for it costs next to nothing
+NEAR: Final = 8 << 10  # runs less than this apart are on pages that a disk reads together
 HOT: Final = 0.9  # a file of which so much is in the page cache is read from there
 COLD: Final = 0.25  # and past it where it is less than this
 DISK: Final = 4  # so many threads at least keep a disk busy, however few processors there are
@@ -132,7 +135,7 @@ def _routing(
             routes[key] = "slab" if expr.spec.nbytes < SMALL else "read"
     if route is not None:
         _overrule(routes, entries, machine, fresh, route)
-    return _with_buffers(routes, entries, machine)
+    return _with_buffers(routes, entries, machine, into)
 
 
 def obstacle(route: Route, expr: Expr, on: Device, machine: Machine, *, fresh: bool = True) -> str:
@@ -219,16 +222,20 @@ def _overrule(
             routes[key] = wanted
 
 
-def _with_buffers(routes: dict[str, Route], entries: list[tuple[str, Expr, Device]], machine: Machine) -> Routing:
+def _with_buffers(
+    routes: dict[str, Route], entries: list[tuple[str, Expr, Device]], machine: Machine, into: Into
+) -> Routing:
     kinds = set(routes.values())
     changed = not kinds.isdisjoint(("transform", "stage"))
     mapped: tuple[str, ...] = ()
+    sliced: tuple[str, ...] = ()
     direct: tuple[str, ...] = ()
     if changed or any(found.direct and found.cached < HOT for found in machine.storage.values()):
-        sizes = _read_sizes(entries, routes)
-        direct = tuple(sorted(path for path, size in sizes.items() if _past_the_cache(path, size, machine)))
+        sizes, scattered = _read_sizes(entries, routes)
+        direct = _past_the_cache(sizes, machine)
         if changed:
             mapped = tuple(sorted(path for path in {*sizes}.difference(direct) if _out_of_the_cache(path, machine)))
+            sliced = tuple(sorted(path for path, far in scattered.items() if _mapped_for_slices(path, far, machine)))
     threads = max(DISK, machine.threads) if direct else machine.threads
     buffers, size, pinned = 0, BUFFER, False
     if "stage" in kinds:
@@ -240,11 +247,13 @@ def _with_buffers(routes: dict[str, Route], entries: list[tuple[str, Expr, Devic
     return Routing(
         routes=FrozenMap(routes),
         mapped=mapped,
+        sliced=sliced,
         direct=direct,
         threads=threads,
         buffers=buffers,
         buffer=size if buffers else 0,
         pinned=pinned,
+        into=into,
     )
 
 
@@ -269,26 +278,48 @@ def staging(nbytes: int, threads: int) -> tuple[int, bool]:
     return (min(FEW_PINNED, 2 * threads) if nbytes < MANY else 2 * threads), True
 
 
-def _read_sizes(entries: Iterable[tuple[str, Expr, Device]], routes: Mapping[str, Route]) -> dict[str, int]:
-    """Bytes of the stored tensors that are read, whole or in part, per file."""
+def _read_sizes(
+    entries: Iterable[tuple[str, Expr, Device]], routes: Mapping[str, Route]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes that are read per file; and where many small runs are, how many more of them lie far apart than near."""
     sizes: dict[str, int] = {}
+    scattered: dict[str, int] = {}
     for key, expr, _ in entries:
         if routes[key] == "map":
             continue
-        for read in (expr,) if type(expr) is Read else leaves(expr):
-            if type(read) is Read:
-                path = read.file.path
-                sizes[path] = sizes.get(path, 0) + read.spec.nbytes
-    return sizes
+        stored = expr.of if type(expr) is Cast else expr
+        if type(stored) is Read:
+            sizes[stored.file.path] = sizes.get(stored.file.path, 0) + stored.spec.nbytes
+            continue
+        for read, box in reads(expr):
+            path, spec = read.file.path, read.spec
+            sizes[path] = sizes.get(path, 0) + prod(stop - start for start, stop in box) * spec.dtype.bits // 8
+            if spec.dtype.bits >= 8:
+                runs = byte_runs(spec.shape, spec.dtype.bits, box)
+                if len(runs) > FEW and runs.nbytes < SCATTERED:
+                    far = len(runs) if runs.strides[-1] > NEAR else -len(runs)
+                    scattered[path] = scattered.get(path, 0) + far
+    return sizes, scattered
 
 
-def _past_the_cache(path: str, size: int, machine: Machine) -> bool:
+def _past_the_cache(sizes: Mapping[str, int], machine: Machine) -> tuple[str, ...]:
+    storage = {path: machine.storage.get(path, _UNKNOWN) for path in sizes}
+    # Files that do not fit beside what the cache must keep would push themselves out of it while they are read.
+    wanted = sum(size for path, size in sizes.items() if storage[path].cached < HOT)
+    crowded = machine.available is not None and wanted > machine.available // 2
+    return tuple(
+        sorted(
+            path
+            for path, found in storage.items()
+            if found.direct and sizes[path] >= LARGE and found.cached < (HOT if crowded else COLD)
+        )
+    )
+
+
+def _mapped_for_slices(path: str, far: int, machine: Machine) -> bool:
     found = machine.storage.get(path, _UNKNOWN)
-    if not found.direct or size < LARGE:
-        return False
-    # A file that does not fit beside what the cache must keep would push itself out of it while it is read.
-    crowded = machine.available is not None and size > machine.available // 2 and found.cached < HOT
-    return found.cached < COLD or crowded
+    # Out of a mapping a disk would bring all that lies between, too.
+    return found.mappable and (found.cached >= HOT or far < 0)
 
 
 def _out_of_the_cache(path: str, machine: Machine) -> bool:

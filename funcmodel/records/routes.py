@@ -19,6 +19,9 @@ Route: TypeAlias = Literal["map", "read", "slab", "transform", "stage"]
 Memory: TypeAlias = Literal["own", "borrow"]
 """Whether tensors own their bytes, or may borrow those of the file for as long as they live."""
 
+Into: TypeAlias = Literal["fresh", "existing"]
+"""Where tensors go."""
+
 ROUTES: Final[tuple[Route, ...]] = get_args(Route)
 
 
@@ -61,17 +64,22 @@ class Routing:
     Attributes:
         routes: key to route.
         mapped: paths of files whose bytes a "transform" takes out of a mapping, without a copy in between.
-        direct: paths of files that are read past the page cache.
+        sliced: paths of files of which slices of many small runs are taken out of a mapping: a call for each would
+            take longer than their bytes.
+        direct: paths of files that are read past the page cache, but for such slices.
         threads: how many read at once.
         buffers: how many buffers of `buffer` bytes there are for what cannot be read in place, or is staged.
         buffer: bytes of each.
         pinned: whether the buffers of "stage" are pinned, so that a GPU copies out of one while the next is filled.
+        into: "fresh" memory, or "existing" tensors that are overwritten.
     """
 
     routes: FrozenMap[str, Route] = FrozenMap()
     mapped: tuple[str, ...] = ()
+    sliced: tuple[str, ...] = ()
     direct: tuple[str, ...] = ()
     threads: int = 1
     buffers: int = 0
     buffer: int = 0
     pinned: bool = False
+    into: Into = "fresh"

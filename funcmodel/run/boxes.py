@@ -10,7 +10,7 @@ from math import prod
 from typing import Final, TypeAlias
 
 from funcmodel.errors import PlanError
-from funcmodel.plan.routing import BUFFER
+from funcmodel.plan.routing import BUFFER, FEW, SCATTERED
 from funcmodel.records.expressions import At
 from funcmodel.records.tensors import TensorSpec
 
@@ -20,8 +20,6 @@ Place: TypeAlias = tuple[tuple[int, int], ...]
 
 CHUNK: Final = BUFFER  # what cannot be read in place is read in parts of this size
 PAGE: Final = 4096
-FEW: Final = 64  # up to so many runs are read one by one, byte for byte
-SCATTERED: Final = 64 << 10  # bytes of a run from which on a call for it costs next to nothing
 RUN: Final = 64  # and any number of those that have so many bytes
 
 

@@ -63,11 +63,6 @@ def _behind(key: str, read: Read) -> TruncatedError:
     )
 
 
-def has_call(expr: Expr) -> bool:
-    """Whether anything in the expression runs a function."""
-    return any(type(node) is Call for node in nodes(expr))
-
-
 def _unheld(key: str, spec: TensorSpec) -> PlanError:
     return PlanError(
         f"{key}: torch {torch.__version__} has no dtype for {spec!r}; leave the key out with drop(...)", keys=(key,)

@@ -26,11 +26,12 @@ class DirectFile:
 
     Attributes:
         file: the file.
+        own: what each thread has for itself, shared by all files that are read in one go.
     """
 
     file: SourceFile
+    own: threading.local = field(factory=threading.local)
     _open: list[FileIO] = field(factory=list, init=False)
-    _own: threading.local = field(factory=threading.local, init=False)
 
     def __enter__(self) -> "DirectFile":
         try:
@@ -106,14 +107,14 @@ class DirectFile:
             return 0
 
     def _span(self) -> memoryview | None:
-        found = getattr(self._own, "span", None)
+        found = getattr(self.own, "span", None)
         if found is None:
             try:
                 # With room for the rest of the first and the last block, or a few bytes would be a read of their own.
                 pages = mmap.mmap(-1, SPAN + 2 * _BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             except OSError:
                 return None  # of memory
-            found = self._own.span = memoryview(pages)
+            found = self.own.span = memoryview(pages)
         return found
 
 

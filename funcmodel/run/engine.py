@@ -1,5 +1,6 @@
 """The engine owns bytes: fresh memory, coalesced ranges of files, a few threads. It knows `Read` and no expression."""
 
+import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain, islice
@@ -101,11 +102,13 @@ def opened(
 
             reads = {ref: (file, sources[ref].readv_into) for ref, file in files.items()}
             check_reads(exprs, reads, formats, digest)
-        for ref, file in files.items():
-            if ref.path in direct and sources[ref] is file:
-                from funcmodel.run.direct import DirectFile
+        if direct:
+            from funcmodel.run.direct import DirectFile
 
-                sources[ref] = stack.enter_context(DirectFile(file))
+            own = threading.local()
+            for ref, file in files.items():
+                if ref.path in direct and sources[ref] is file:
+                    sources[ref] = stack.enter_context(DirectFile(file, own))
         yield sources
         for file in files.values():
             file.verify_unchanged()

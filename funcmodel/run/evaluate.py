@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from funcmodel.core.lowering import leaves
+from funcmodel.core.lowering import has_call, leaves
 from funcmodel.core.shapes import nbytes_of
 from funcmodel.errors import PlanError
 from funcmodel.plan.routing import GAP, LARGE, SLAB, SMALL, Wanted, routing
@@ -19,7 +19,7 @@ from funcmodel.records.expressions import (
 )
 from funcmodel.records.routes import Memory, Routing
 from funcmodel.run.boxes import whole
-from funcmodel.run.checks import LiveTensors, check_destination, check_plan, has_call
+from funcmodel.run.checks import LiveTensors, check_destination, check_plan
 from funcmodel.run.engine import opened, read_plain
 from funcmodel.run.evaluator import Evaluator
 from funcmodel.run.files import Digest
@@ -212,7 +212,7 @@ def fill_routed(
     taken = Occupied(into.values()) if tensors else None
     source = {key: t.detach().clone() if taken and taken.touches(t) else t for key, t in tensors.items()}
     with _evaluator(plan, source, formats, digest, routes) as at:
-        early = {key: at.tensor(expr) for key, expr in plan.items() if type(expr) is not Read and has_call(expr)}
+        early = {key: at.tensor(expr) for key, expr in plan.items() if has_call(expr)}
         for key, expr in plan.items():
             to = into[key]
             if key in early:

@@ -10,7 +10,7 @@ import torch
 from funcmodel.core.lowering import lowered
 from funcmodel.core.shapes import spec_of
 from funcmodel.errors import PlanError, ShapeError
-from funcmodel.plan.routing import BUFFER, PINNED, SMALL, mapped_range
+from funcmodel.plan.routing import BUFFER, FEW, PINNED, SMALL, mapped_range
 from funcmodel.records.dtypes import DType
 from funcmodel.records.expressions import (
     Call,
@@ -28,7 +28,7 @@ from funcmodel.records.expressions import (
 )
 from funcmodel.records.routes import Route, Routing
 from funcmodel.records.tensors import TensorSpec
-from funcmodel.run.boxes import FEW, Box, box_of, chunks, distinct, ranges, scattered, whole, widened
+from funcmodel.run.boxes import Box, box_of, chunks, distinct, ranges, scattered, whole, widened
 from funcmodel.run.checks import LiveTensors, function
 from funcmodel.run.engine import Piece, Source, jobs, perform, plain_file, read_plain
 from funcmodel.run.memory import memory, tensor_at
@@ -46,7 +46,7 @@ _PIECE: Final = 256 << 20  # bytes that are computed out of a mapping between tw
 
 
 class _Boxed(NamedTuple):
-    """A box of a stored tensor, where it goes, and what happens to it on the way."""
+    """A box of a stored tensor, where it goes, what happens to it on the way, and whether it is many small runs."""
 
     read: Read
     shape: tuple[int, ...]
@@ -54,6 +54,7 @@ class _Boxed(NamedTuple):
     box: Box
     to: torch.Tensor
     casts: tuple[DType, ...]
+    small: bool
 
 
 class Evaluator:
@@ -66,8 +67,8 @@ class Evaluator:
         self.files = files
         self.live = live
         self._routes = routes
-        self._mapped = frozenset(routes.mapped)
-        self._pieces: dict[FileRef, list[Piece]] = {}
+        self._mapped, self._sliced = frozenset(routes.mapped), frozenset(routes.sliced)
+        self._pieces: dict[Source, list[Piece]] = {}
         self._boxes: list[_Boxed] = []
         self._parts: list[Part] = []
         self._passing: dict[torch.device, list[Passage]] = {}
@@ -170,7 +171,7 @@ class Evaluator:
         parts, self._parts = self._parts, []
         for found in pieces.values():
             found.sort(key=itemgetter(0))
-        perform((job for ref, found in pieces.items() for job in jobs(self.files[ref], found)), self._routes.threads)
+        perform((job for source, found in pieces.items() for job in jobs(source, found)), self._routes.threads)
         if parts:
             from funcmodel.run.buffers import pass_through
 
@@ -300,32 +301,35 @@ class Evaluator:
             from funcmodel.run.passages import passages
 
             most, cells = self._routes.buffer or PINNED, self._lane(to.device).cells
-            held = self._held_for(read, shape, kind.itemsize, box)
+            small = scattered(shape, kind.itemsize, box)
+            source, held = self._source(read, small=small), self._held_for(read, box) if small else None
             waiting = self._passing.setdefault(to.device, [])
-            source = self.files[read.file]
             waiting += passages(source, read.offset, shape, kind, box, to, casts, most=most, cells=cells, held=held)
             return
-        boxed = _Boxed(read, shape, kind, box, to, casts)
-        mapped = read.file.path in self._mapped and not read.offset % kind.itemsize
-        if casts or not to.is_contiguous() or (mapped and scattered(shape, kind.itemsize, box)):
+        boxed = _Boxed(read, shape, kind, box, to, casts, scattered(shape, kind.itemsize, box))
+        mapped = read.file.path in (self._sliced if boxed.small else self._mapped) and not read.offset % kind.itemsize
+        if casts or not to.is_contiguous() or (mapped and boxed.small):
             in_place = False
         else:
             in_place = widened(shape, kind.itemsize, box) == box
         if in_place:
             if to.numel():
-                pieces = self._pieces.setdefault(read.file, [])
+                pieces = self._pieces.setdefault(self._source(read, small=boxed.small), [])
                 pieces.extend(_into(byte_view(to), read.offset, ranges(shape, kind.itemsize, box)))
         elif mapped:
             self._boxes.append(boxed)
         else:
             self._pass(boxed)
 
-    def _held_for(self, read: Read, shape: tuple[int, ...], itemsize: int, box: Box) -> "Held | None":
-        """The mapping to take a box out of that lies in many small runs, if its file can be held still."""
+    def _source(self, read: Read, *, small: bool) -> Source:
+        """Where it is read; past the page cache a small run would be a block, so many of them go through it."""
+        source = self.files[read.file]
+        return plain_file(source) or source if small else source
+
+    def _held_for(self, read: Read, box: Box) -> "Held | None":
+        """The mapping to take a box of many small runs out of, if its file can be held still."""
         file = plain_file(self.files[read.file])
-        if file is None or read.file.path not in self._mapped or not scattered(shape, itemsize, box):
-            return None
-        if prod(map(len, distinct(box))) > FEW:
+        if file is None or read.file.path not in self._sliced or prod(map(len, distinct(box))) > FEW:
             return None
         from funcmodel.run.mapped import Held
 
@@ -336,8 +340,8 @@ class Evaluator:
         """Note what is to pass through the buffers."""
         from funcmodel.run.buffers import Part
 
-        read, shape, kind, box, to, casts = boxed
-        source = self.files[read.file]
+        read, shape, kind, box, to, casts, small = boxed
+        source = self._source(read, small=small)
         self._parts += [
             Part(source, read.offset, shape, kind, box_part, wide, placed(to, place), casts)
             for box_part, wide, place in chunks(shape, kind.itemsize, box)
@@ -352,7 +356,7 @@ class Evaluator:
 
         with held() as files:
             for boxed in boxes:
-                read, shape, kind, box, to, casts = boxed
+                read, shape, kind, box, to, casts, _ = boxed
                 file = plain_file(self.files[read.file])
                 for chunk, _, place in chunks(shape, kind.itemsize, box, _PIECE):
                     pages = None if file is None else files.bytes_of(file)
