@@ -20,14 +20,12 @@ from funcmodel.core import build
 from funcmodel.plan.routing import COLD, HOT, LARGE, routing
 from funcmodel.records.expressions import FileRef
 from funcmodel.records.routes import Machine, Storage
+from funcmodel.run.groups import group_folders, group_memory, memory_limits, quota
 from funcmodel.run.machine import (
     available,
     free_memory,
-    group_memory,
-    group_paths,
     machine,
     mount_table,
-    quota,
     threads,
 )
 
@@ -103,10 +101,7 @@ def test_available_memory_is_no_more_than_the_machine_and_its_groups_have() -> N
     found = available()
     assert found is not None
     assert 0 <= found <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    group = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()
-    limit = Path(f"/sys/fs/cgroup{group}/memory.max")
-    if limit.exists() and limit.read_text().strip().isdigit():
-        assert found <= int(limit.read_text())
+    assert all(found <= limit for limit in memory_limits())
 
 
 # -- what the kernel says, here and on other machines ------------------------------------------------------------------
@@ -125,16 +120,39 @@ def test_a_group_s_quota_is_rounded_up_to_whole_processors(text: str, processors
     assert quota(text) == processors
 
 
+CGROUPS = "35 31 0:32 / /sys/fs/cgroup/memory rw,relatime shared:9 - cgroup cgroup rw,memory\n"
+CGROUPS += "36 31 0:33 /docker/x /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct\n"
+UNIFIED = "41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw\n"
+
+
 def test_the_limits_of_every_group_above_hold() -> None:
-    assert group_paths("0::/a.slice/b.scope\n") == ["/a.slice/b.scope", "/a.slice", ""]
-    assert group_paths("12:memory:/docker/x\n1:name=systemd:/y\n0::/\n") == [""]
-    assert group_paths("12:memory:/docker/x\n") == []
+    base = "/sys/fs/cgroup"
+    above = [f"{base}/a.slice/b.scope", f"{base}/a.slice", base]
+    assert group_folders("0::/a.slice/b.scope\n", "") == {"": above}
+    assert group_folders("0::/\n", UNIFIED) == {"": [f"{base}/unified"]}
+    assert group_folders("0::/../../b\n", UNIFIED) == {"": [f"{base}/unified"]}  # of a namespace beside this one
+    found = group_folders(
+        "12:memory:/docker/x\n3:cpu,cpuacct:/docker/x/y\n1:name=systemd:/y\n0::/\n", CGROUPS + UNIFIED
+    )
+    assert found.pop("memory") == [f"{base}/memory/docker/x", f"{base}/memory/docker", f"{base}/memory"]
+    assert found.pop("cpu") == [f"{base}/cpu,cpuacct/y", f"{base}/cpu,cpuacct"]
+    assert found == {"": [f"{base}/unified"], "cpuacct": [f"{base}/cpu,cpuacct/y", f"{base}/cpu,cpuacct"]}
+    assert group_folders("12:memory:/docker/x\n", "") == {}
+
+
+@on_linux
+def test_the_folders_of_this_process_are_there() -> None:
+    found = group_folders(Path("/proc/self/cgroup").read_text(), Path("/proc/self/mountinfo").read_text())
+    for folders in found.values():
+        assert any(Path(folder).is_dir() for folder in folders) or not Path("/sys/fs/cgroup").is_dir()
 
 
 def test_a_group_without_a_limit_says_nothing_and_one_over_it_has_nothing() -> None:
     assert group_memory("max\n", "5\n", "") is None
     assert group_memory("1000\n", "1200\n", "anon 1200\n") == 0
     assert group_memory("1000\n", "1200\n", "anon 900\ninactive_file 200\nactive_file 100\nfile 300\n") == 100
+    one = "cache 9\ninactive_file 0\nactive_file 1\ntotal_inactive_file 70\ntotal_active_file 7\n"  # version 1
+    assert group_memory("1000\n", "900\n", one) == 177
 
 
 def test_mounts_may_have_odd_names_and_lie_on_one_another() -> None:
@@ -157,7 +175,7 @@ def test_whatever_the_kernel_says_nothing_is_raised(one: str, two: str, three: s
     assert quota(one) is None or quota(one) >= 1
     assert free_memory(one) is None or free_memory(one) >= 0
     assert group_memory(one, two, three) is None or group_memory(one, two, three) >= 0
-    assert all(not path or path.startswith("/") for path in group_paths(one))
+    assert all(folders for folders in group_folders(one, two).values())
     assert all(kind for kind in mount_table(one).values())
 
 

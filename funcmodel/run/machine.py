@@ -15,6 +15,7 @@ from funcmodel.records.mapping import FrozenMap
 from funcmodel.records.routes import Machine, Storage
 from funcmodel.run.files import READ, SourceFile, open_regular
 from funcmodel.run.formats import FORMATS, Format, format_named
+from funcmodel.run.groups import memory_left, quotas, text_of
 
 Look: TypeAlias = Literal["at everything", "at file systems"]
 
@@ -23,9 +24,6 @@ _SAMPLES: Final = 32
 _PAGE: Final = 4096
 _OWN_READS: Final = "/proc/thread-self/io"
 _SHIFTS: Final = 1009  # a prime, so that clocks which tick in round numbers reach all of them
-_CGROUP: Final = "/sys/fs/cgroup"
-_GROUP_MEMORY: Final = ("max", "current", "stat")
-_FILE_PAGES: Final = ("active_file", "inactive_file")
 _ESCAPED: Final = re.compile(r"\\([0-7]{3})")
 _DIRECT: Final[int | None] = getattr(os, "O_DIRECT", None)
 _NOWAIT: Final[int | None] = getattr(os, "RWF_NOWAIT", None)
@@ -59,7 +57,7 @@ def machine(
     wanted = {ref.path: ref for ref in refs if ref.nbytes >= smallest}
     if not wanted:
         return Machine(threads=min(_MOST_THREADS, _processors()))
-    mounts = _text("/proc/self/mountinfo")
+    mounts = text_of("/proc/self/mountinfo")
     storage = {path: _storage(ref, formats, mounts, look) for path, ref in wanted.items()}
     cold = any(found.cached < HOT for found in storage.values())
     return Machine(
@@ -71,8 +69,7 @@ def machine(
 
 def threads() -> int:
     """How many threads may run at once: of the machine's processors, those that this process may use."""
-    quotas = (quota(_text(f"{folder}/cpu.max")) for folder in _groups())
-    return max(1, min(_MOST_THREADS, _processors(), *(found for found in quotas if found)))
+    return max(1, min(_MOST_THREADS, _processors(), *quotas()))
 
 
 def _processors() -> int:
@@ -81,29 +78,11 @@ def _processors() -> int:
 
 def available() -> int | None:
     """Bytes of memory that can be had without pushing anything out but the page cache; None where nobody says."""
-    found = [free_memory(_text("/proc/meminfo"))]
-    found += [group_memory(*(_text(f"{folder}/memory.{name}") for name in _GROUP_MEMORY)) for folder in _groups()]
-    return min((size for size in found if size is not None), default=None)
-
-
-def _groups() -> list[str]:
-    return [_CGROUP + path for path in group_paths(_text("/proc/self/cgroup"))]
+    free = free_memory(text_of("/proc/meminfo"))
+    return min([*([] if free is None else [free]), *memory_left()], default=None)
 
 
 # -- what the kernel's files say: pure ---------------------------------------------------------------------------------
-
-
-def quota(text: str) -> int | None:
-    """Processors that a group may use, from its `cpu.max`; None for all of them.
-
-    Example:
-        >>> quota("150000 100000"), quota("max 100000"), quota("")
-        (2, None, None)
-    """
-    time, _, period = text.partition(" ")
-    if not time.isdigit() or not period.strip().isdigit() or not int(period):
-        return None
-    return max(1, -(-int(time) // int(period)))
 
 
 def free_memory(text: str) -> int | None:
@@ -119,37 +98,6 @@ def free_memory(text: str) -> int | None:
         if name == "MemAvailable" and size and size[0].isdigit():
             return int(size[0]) << 10
     return None
-
-
-def group_memory(most: str, used: str, stat: str) -> int | None:
-    r"""Bytes that a group may still have, from `memory.max`, `memory.current` and `memory.stat`; None for any number.
-
-    Pages of files count as free: the kernel lets go of them first.
-
-    Example:
-        >>> group_memory("1000", "700", "anon 500\nactive_file 100\ninactive_file 50\n"), group_memory("max", "7", "")
-        (450, None)
-    """
-    if not most.strip().isdigit() or not used.strip().isdigit():
-        return None
-    rows = (line.split() for line in stat.splitlines())
-    files = sum(int(row[1]) for row in rows if len(row) == 2 and row[0] in _FILE_PAGES and row[1].isdigit())
-    return max(0, int(most) - int(used) + files)
-
-
-def group_paths(text: str) -> list[str]:
-    r"""The control groups of a process, innermost first, from `/proc/self/cgroup`; limits of every one hold.
-
-    Example:
-        >>> group_paths("1:cpu:/old\n0::/user/job\n"), group_paths("0::/")
-        (['/user/job', '/user', ''], [''])
-    """
-    for line in text.splitlines():
-        start, _, path = line.partition("::")
-        if start == "0" and path.startswith("/"):
-            parts = path.rstrip("/").split("/")
-            return ["/".join(parts[:count]) for count in range(len(parts), 0, -1)]
-    return []
 
 
 def kind_of_device(text: str, major: int, minor: int) -> str:
@@ -180,14 +128,6 @@ def mount_table(text: str) -> dict[str, str]:
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
-
-
-def _text(path: str) -> str:
-    try:
-        with open(path, encoding="ascii", errors="replace") as file:
-            return file.read()
-    except OSError:
-        return ""
 
 
 def _kind(file: SourceFile, mounts: str) -> str:
@@ -227,7 +167,7 @@ def _cached(file: SourceFile) -> float:
     byte = bytearray(1)
     if _RANDOM is not None:
         os.posix_fadvise(file.fd, 0, 0, _RANDOM)  # what is fetched all the same is one page, and no more behind it
-    missing, before = 0, fetched(_text(_OWN_READS))
+    missing, before = 0, fetched(text_of(_OWN_READS))
     shift = monotonic_ns() % _SHIFTS  # a page that was not there may be on its way now, so the next look is at others
     for i in range(_SAMPLES):
         try:
@@ -237,7 +177,7 @@ def _cached(file: SourceFile) -> float:
                 return 1.0
             missing += 1
     # Of a page that was missing the kernel may have asked the disk, and got it, before it looked.
-    late = (fetched(_text(_OWN_READS)) - before) // _PAGE
+    late = (fetched(text_of(_OWN_READS)) - before) // _PAGE
     return 1.0 - min(_SAMPLES, max(missing, late)) / _SAMPLES
 
 

@@ -67,12 +67,14 @@ def require_memory(nbytes: int) -> None:
         nbytes: of all tensors that will be alive at once.
 
     Raises:
-        NoMemoryError: it is more than the machine has.
+        NoMemoryError: it is more than the machine has, or a control group of this process may have.
     """
     if nbytes < _HARMLESS:
         return
+    from funcmodel.run.groups import memory_limits
+
     try:
-        has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        has = min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *memory_limits())
         with open("/proc/meminfo", encoding="ascii") as file:
             has += sum(int(line.split()[1]) << 10 for line in file if line.startswith("SwapTotal:"))
     except (OSError, ValueError, AttributeError):
