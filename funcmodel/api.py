@@ -196,8 +196,9 @@ def save(
             a state dict of tensors.
         into: the folder, created where it does not exist; or a path that ends in `.safetensors`, for exactly one file.
         max_shard_size: most bytes of tensor data per file, as an int or as text such as "5GB".
-        shards: at most so many files, about equally large, which several threads write at once; "auto" takes 4 to 8 of
-            them from 2 GiB on. None leaves it to `max_shard_size`.
+        shards: at most so many files, about equally large, which several threads write at once unless tensors are
+            computed (a cast, say) or come from a GPU; "auto" takes 4 to 8 of them from 2 GiB on. None leaves it to
+            `max_shard_size`.
         config: written as `config.json`.
         texts: more text files beside it, name to content, for example "generation_config.json".
         variant: as in `model.fp16.safetensors`.

@@ -141,8 +141,8 @@ class Cost:
         read: bytes read per file path. Up to 4 KiB between two small tensors that are read into shared memory are read
             with them, and are in it, but for files that are decoded. What goes to several places through the ring
             ("stage") is read once. What is not in it: of a tensor of which many runs are wanted at most a tenth more is
-            read, of runs under 64 bytes what lies between them; past the page cache whole blocks are; and tensors that
-            exist, or come one by one, are read without what is between them.
+            read, of runs under 64 bytes what lies between them; past the page cache whole blocks are; tensors that
+            exist, or come one by one, are read without what is between them; whoever checks digests reads all twice.
         held: bytes that stay allocated per device.
         peak: highest bytes allocated at once per device, `held` included.
         written: bytes written per file name (save plans).

@@ -278,7 +278,7 @@ def _up(size: int, step: int) -> int:
 
 
 def once(passing: Mapping[Lane, Iterable[Passage]]) -> dict[Lane, list[Passage]]:
-    """The same passages, but bytes that go to several places, on one device or several, are read once."""
+    """The same passages, but bytes that go to several places as they are, on one device or several, are read once."""
     work: dict[Lane, list[Passage]] = {}
     first: dict[tuple[int, int, int], Span] = {}
     also: dict[Passage, list[tuple[Lane, torch.Tensor, int]]] = {}
