@@ -21,7 +21,7 @@ from funcmodel.plan.routing import LARGE
 from funcmodel.run.direct import DirectFile
 from funcmodel.run.files import open_regular
 from funcmodel.run.memory import PAGE, memory
-from funcmodel.run.passages import Span, trips
+from funcmodel.run.passages import Span, passages, trips
 from funcmodel.run.ring import Ring
 from tests.lazy_lane import LazyDevice
 from tests.test_machine import can_count, evict, resident
@@ -130,6 +130,19 @@ def test_a_file_that_shrinks_under_a_buffer_is_an_error(tmp_path: Path, content:
         with pytest.raises(ChangedError) as caught:
             direct.read_pages(memoryview(mmap.mmap(-1, SIZE + 2 * BLOCK)), 5, SIZE, 5)
     assert (caught.value.path, caught.value.expected, caught.value.found) == (str(path), SIZE, left)
+
+
+def test_what_is_changed_on_a_device_has_room_behind_what_a_disk_wrote(path: Path, content: bytes) -> None:
+    device = LazyDevice()
+    large, small = torch.zeros(300_001, dtype=torch.uint8), torch.zeros(90, 100, dtype=torch.uint8)
+    box = (((0, 100),), ((0, 90),))
+    with open_regular(path) as file, DirectFile(file) as source:
+        turned = passages(source, 300_078, (100, 90), torch.uint8, box, small.T, (), most=8 << 20)
+        items = [Span(source, 77, 300_001, large, 0), *turned]
+        Ring(threads=1, buffers=2, nbytes=8 << 20, pinned=True).run({device.lane: items})
+    device.synchronize()
+    assert large.numpy().tobytes() == content[77:300_078]
+    assert small.T.contiguous().numpy().tobytes() == content[300_078:309_078]
 
 
 class Watched(DirectFile):

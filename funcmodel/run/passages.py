@@ -46,9 +46,14 @@ class Span:
     also: tuple[tuple[Lane, torch.Tensor, int], ...] = ()
 
     @property
+    def paged(self) -> bool:
+        """Whether a disk may write its pages into a buffer at once: they take more room than its bytes."""
+        return self.nbytes >= _LARGE and isinstance(self.source, DirectFile)
+
+    @property
     def room(self) -> int:
-        """Bytes that it takes in a buffer."""
-        return self.nbytes
+        """Bytes that it takes in a buffer, at most."""
+        return self.nbytes + 2 * PAGE if self.paged else self.nbytes
 
 
 @frozen(eq=False)
@@ -239,7 +244,7 @@ def trips(passing: Iterable[Passage], most: int, step: int) -> Iterator[list[Sto
             start, joins, direct = _up(top, ALIGNED), False, False
             if type(one) is Span:
                 gap = one.at + done - end if trip and one.to is to else -1
-                direct = min(one.nbytes - done, most) >= _LARGE and isinstance(one.source, DirectFile)
+                direct = one.paged and min(one.nbytes - done, most) >= _LARGE
                 if direct:
                     start, joins = _in_pages(one, done, trip, top, gap)
                 elif not gap or (one.padded and not done and 0 < gap < step):
