@@ -11,6 +11,7 @@ from funcmodel.plan.describe import Described, describe, fold
 from funcmodel.plan.diff import diff
 from funcmodel.plan.folding import fold_paths, folder
 from funcmodel.plan.loading import plan_load
+from funcmodel.plan.routing import routing
 from funcmodel.plan.saving import plan_save
 from funcmodel.records.checkpoint import CheckpointSpec, FileSpec, IndexSpec, StoredTensor
 from funcmodel.records.config import Config
@@ -19,6 +20,7 @@ from funcmodel.records.expressions import Expr, FileRef, Live, Noise, Read
 from funcmodel.records.mapping import FrozenMap
 from funcmodel.records.module import ModuleSpec, ParamSpec, SubmoduleSpec, TiedGroup, ViewSpec
 from funcmodel.records.plans import LoadPlan, SavePlan, StateDictPlan
+from funcmodel.records.routes import Machine, Routing, Storage
 from funcmodel.records.tensors import TensorSpec
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -129,8 +131,18 @@ def difference() -> Described:
     return diff(StateDictPlan(one), StateDictPlan(two))
 
 
+def routes() -> Routing:
+    plan = StateDictPlan(stored())
+    key = "model.layers.0.mlp.down_proj.weight"
+    slices = {f"{key}.{i}": build.narrow(plan[key], 1, 1024 * i, 1024 * (i + 1)) for i in range(2)}
+    wanted = {**plan, "half": build.cast(plan[key], "float16"), **slices}
+    storage = {file.path: Storage(kind="ext4", mappable=True, cached=1.0) for file in FILES[:2]}
+    storage[FILES[2].path] = Storage(kind="ext4", mappable=True, cached=0.0, direct=True)
+    return routing(wanted, Machine(threads=8, storage=storage))
+
+
 EXAMPLES: list[Callable[[], Described]] = [
-    *(load, load_with_findings, load_as_stored, save, state_dict, checkpoint, module, difference)
+    *(load, load_with_findings, load_as_stored, save, state_dict, routes, checkpoint, module, difference)
 ]
 
 

@@ -18,9 +18,10 @@ from funcmodel.records.expressions import Expr
 from funcmodel.records.module import ModuleSpec
 from funcmodel.records.plans import LoadPlan, SavePlan, StateDictPlan
 from funcmodel.records.reports import Cost, LoadReport, VerifyReport
+from funcmodel.records.routes import Routing
 from funcmodel.records.tensors import TensorSpec, format_size
 
-Described: TypeAlias = LoadPlan | SavePlan | StateDictPlan | CheckpointSpec | ModuleSpec | Diff | VerifyReport
+Described: TypeAlias = LoadPlan | SavePlan | StateDictPlan | Routing | CheckpointSpec | ModuleSpec | Diff | VerifyReport
 Shorten: TypeAlias = Callable[[Iterable[str]], tuple[str, ...]]
 _HEADER: Final = 56  # column of the counts in the first line
 _SHARDS: Final = 8
@@ -39,7 +40,7 @@ def describe(of: Described) -> str:
     """A plan or a spec as text, for people: complete, except that long lists are counted at their end.
 
     Args:
-        of: a plan, a checkpoint's or a module's spec, a `Diff`, or what `verify` found.
+        of: a plan, the routes of one, a checkpoint's or a module's spec, a `Diff`, or what `verify` found.
 
     Example:
         >>> from funcmodel.records.expressions import FileRef, Read
@@ -59,6 +60,8 @@ def describe(of: Described) -> str:
             return _save(of)
         case StateDictPlan():
             return _state_dict(of)
+        case Routing():
+            return _routing(of)
         case CheckpointSpec():
             return _checkpoint(of)
         case ModuleSpec():
@@ -178,7 +181,7 @@ def _load(plan: LoadPlan) -> str:
         *_keys("keep", moved, "   not in the state dict", shorten),
         *_grouped("cast", _casts({**assigned, **offloaded}), shorten),
         *_report(plan.report, folder({*everything, *plan.report.unexpected_keys, *plan.report.skipped_keys})),
-        *_routes(plan, shorten),
+        *([] if plan.routing is None else _routes(plan.routing, shorten)),
         *_files("read", found.read),
         *_memory(found),
     ]
@@ -186,15 +189,24 @@ def _load(plan: LoadPlan) -> str:
     return _table(f"load {plan.name}".rstrip(), len(everything), size, rows)
 
 
-def _routes(plan: LoadPlan, shorten: Shorten) -> list[_Row]:
-    """One row per route, and one per group of files that are read in another way than through the page cache."""
-    found = plan.routing
-    if found is None:
-        return []
-    rows = _grouped("route", ((key, f"   {route}") for key, route in found.routes.items()), shorten)
-    if found.direct:
-        rows.append(_Row("direct", len(found.direct), listed(fold_paths(found.direct)) + "   past the page cache"))
-    return rows
+def _routes(found: Routing, shorten: Shorten) -> list[_Row]:
+    """One row per route, and one per group of files that are read in another way than by calls through the cache."""
+    ways = (
+        ("mapped", found.mapped, "what is computed comes out of a mapping"),
+        ("sliced", found.sliced, "slices of small runs come out of a mapping"),
+        ("direct", found.direct, "past the page cache"),
+    )
+    return [
+        *_grouped("route", ((key, f"   {route}") for key, route in found.routes.items()), shorten),
+        *(_Row(name, len(paths), f"{listed(fold_paths(paths))}   {how}") for name, paths, how in ways if paths),
+    ]
+
+
+def _routing(found: Routing) -> str:
+    kind = "pinned buffers" if found.pinned else "buffers"
+    buffers = [_Row(kind, found.buffers, f"{format_size(found.buffer)} each")] if found.buffers else []
+    rows = [*_routes(found, folder(found.routes)), _Row("threads", found.threads, "that read"), *buffers]
+    return _table(f"routes into {found.into} memory", len(found.routes), None, rows)
 
 
 def _casts(plan: Mapping[str, Expr]) -> Iterable[tuple[str, str]]:

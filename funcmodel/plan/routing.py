@@ -233,8 +233,9 @@ def _with_buffers(
     if changed or any(found.direct and found.cached < HOT for found in machine.storage.values()):
         sizes, scattered = _read_sizes(entries, routes)
         direct = _past_the_cache(sizes, machine)
-        if changed:
+        if "transform" in kinds:
             mapped = tuple(sorted(path for path in {*sizes}.difference(direct) if _out_of_the_cache(path, machine)))
+        if changed:
             sliced = tuple(sorted(path for path, far in scattered.items() if _mapped_for_slices(path, far, machine)))
     threads = max(DISK, machine.threads) if direct else machine.threads
     buffers, size, pinned = 0, BUFFER, False
