@@ -74,7 +74,7 @@ def require_memory(nbytes: int) -> None:
     from funcmodel.run.groups import memory_limits
 
     try:
-        has = min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *memory_limits())
+        has = min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *memory_limits()])
         with open("/proc/meminfo", encoding="ascii") as file:
             has += sum(int(line.split()[1]) << 10 for line in file if line.startswith("SwapTotal:"))
     except (OSError, ValueError, AttributeError):
