@@ -13,10 +13,12 @@ import property_tests.test_evaluate as evaluation
 from funcmodel.core import build
 from funcmodel.core.lowering import reads
 from funcmodel.errors import PlanError
-from funcmodel.plan.routing import COLD, HOT, LARGE, SLAB, Into, obstacle, routing
+from funcmodel.plan.queries import cost
+from funcmodel.plan.routing import BLOCK, COLD, HOT, LARGE, SLAB, Into, obstacle, routing
 from funcmodel.records.devices import CPU, device
 from funcmodel.records.expressions import Expr, FileRef, Index, Read
 from funcmodel.records.mapping import FrozenMap
+from funcmodel.records.plans import StateDictPlan
 from funcmodel.records.routes import ROUTES, Machine, Memory, Routing, Storage
 from funcmodel.records.tensors import TensorSpec
 from funcmodel.run.evaluate import fill, materialize
@@ -237,6 +239,16 @@ def test_past_the_cache_goes_what_is_large_and_cold_or_does_not_fit(plan, machin
     assert bool(chosen.buffers) == bool(chosen.buffer)
     if {"transform", "stage"} & set(chosen.routes.values()):
         assert chosen.buffers >= 1
+
+
+@some
+@given(plans(), machines(), intos, st.sampled_from([None, *ROUTES]))
+def test_what_stays_on_the_cpu_passes_through_64_mib(plan, machine, into, route):
+    """buffers(routing(p, m, on="cpu")) <= 64 MiB, however many threads read, and whatever they read past."""
+    chosen = routing(plan, machine, into=into, route=route)
+    assert cost(StateDictPlan(plan), routes=chosen).buffers <= 64 * MIB
+    assert bool(chosen.span) == bool(chosen.direct)
+    assert chosen.span % BLOCK == 0
 
 
 @some

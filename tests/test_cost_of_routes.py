@@ -94,6 +94,72 @@ def test_a_load_takes_what_its_cost_says(folder, what, memory, route):
         assert said["read"] <= found["read"] <= said["read"] + MIB
 
 
+SAVED = """
+import json, os, sys, threading
+import torch
+import funcmodel as fm
+from funcmodel.core import build
+from funcmodel.run.tensors import tensor_spec
+import funcmodel.run.buffers, funcmodel.run.direct, funcmodel.run.machine, funcmodel.run.mapped, funcmodel.run.staging
+
+folder, out, what, shard = sys.argv[1:]
+stored, live = fm.scan(folder), {}
+plan = {key: {"cast": build.cast(expr, "bfloat16"), "turned": build.transpose(expr)}.get(what, expr)
+        for key, expr in stored.items()}
+if what.startswith("live"):
+    live = fm.materialize(stored)
+    if what == "live, strided":
+        live = {key: tensor.T for key, tensor in live.items()}
+    if what == "live, conjugate":
+        live = {key: tensor.view(torch.complex64).conj() for key, tensor in live.items()}
+    plan = fm.StateDictPlan({key: fm.Live(key, tensor_spec(tensor)) for key, tensor in live.items()})
+    if what == "live, cast":
+        plan = fm.cast("bfloat16")(plan)
+saved = fm.plan_save(fm.StateDictPlan(plan), max_shard_size=int(shard) or None)
+said = fm.cost(saved)
+
+def anonymous():
+    with open("/proc/self/status") as file:
+        return next(int(row.split()[1]) << 10 for row in file if row.startswith("RssAnon:"))
+
+torch.zeros(1 << 16).to(torch.bfloat16)  # torch's own threads, before memory is counted
+with open(folder + "/model.safetensors", "rb") as file:
+    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that it is read past the cache, where that is
+highest, over = 0, threading.Event()
+
+def watch():
+    global highest
+    while not over.wait(0.0005):
+        highest = max(highest, anonymous())
+
+before = anonymous()
+watcher = threading.Thread(target=watch)
+watcher.start()
+fm.write(saved, out, live=live)
+over.set()
+watcher.join()
+print(json.dumps({"extra": max(highest, anonymous()) - before, "peak": sum(said.peak.values()),
+                  "buffers": said.buffers, "files": len(said.written)}))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize(
+    ("what", "shard"),
+    [
+        *((what, 0) for what in ("stored", "cast", "turned", "live", "live, strided", "live, conjugate", "live, cast")),
+        *((what, 16 * MIB) for what in ("stored", "cast", "live, strided")),
+    ],
+)
+def test_a_save_takes_what_its_cost_says(folder, tmp_path, what, shard):
+    command = [sys.executable, "-c", SAVED, str(folder), str(tmp_path), what, str(shard)]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert found["extra"] <= found["peak"] + found["buffers"] + SLACK
+    assert (found["files"] > 1) == bool(shard)
+    if what == "live":  # as it lies in memory it goes to the file
+        assert found["extra"] <= SLACK
+
+
 def test_what_is_borrowed_is_held_by_nobody(folder):
     plan = fm.scan(folder)
     where = fm.machine({read.file for read in plan.values()}, smallest=0)

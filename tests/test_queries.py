@@ -118,11 +118,33 @@ def test_a_save_states_what_it_writes_to_the_byte() -> None:
     plan = plan_save(StateDictPlan({key: stored(key) for key in "abcd"}), max_shard_size=256)
     found = cost(plan)
     assert found.read == {A.path: 512}
-    assert found.peak == {CPU: 128}
+    assert found.peak == {}
     shards = [a.file for a in plan.actions if isinstance(a, WriteShard)]
     assert [found.written[file] for file in shards] == [4096 + 256] * 2
     assert found.cached == sum(found.read.values()) + sum(found.written.values())
     assert cost(SavePlan()) == Cost()
+
+
+def test_a_save_from_a_gpu_states_what_it_pins() -> None:
+    large, small = TensorSpec([4, 1024, 1024], "float32"), TensorSpec([100], "uint8")
+    leaves = {"a": Live("a", large), "b": Live("b", small)}
+    plan = plan_save(StateDictPlan(leaves | {"c": build.cast(Live("a", large), "bfloat16")}), max_shard_size=8 << 20)
+    assert (cost(plan).pinned, cost(plan).peak) == (0, {CPU: 8 << 20})
+    found = cost(plan, on="cuda:0")
+    assert (found.pinned, found.buffers) == (16 << 20, 16 << 20)
+    assert found.peak == {CPU: 8 << 20, CUDA: 16 << 20}
+    few = cost(plan_save(StateDictPlan({"b": leaves["b"]})), on="cuda:0")
+    assert (few.pinned, few.peak) == (200, {CUDA: 200})
+
+
+def test_a_save_of_what_is_computed_writes_one_file_at_a_time() -> None:
+    stands = StateDictPlan({key: stored(key) for key in "abcd"})
+    apart, changed = (
+        cost(plan_save(plan, max_shard_size=128))
+        for plan in (stands, StateDictPlan({key: build.cast(expr, "float64") for key, expr in stands.items()}))
+    )
+    assert (apart.buffers, apart.peak) == (4 * (16 << 20), {})
+    assert (changed.buffers, changed.peak) == ((16 << 20) + (64 << 20), {CPU: 256})
 
 
 # -- origins -------------------------------------------------------------------------------------------------------

@@ -9,11 +9,11 @@ from typing import Final, Literal, TypeAlias, assert_never
 from attrs import evolve
 
 from funcmodel.core.index import render_index
-from funcmodel.core.lowering import has_call, nodes, reads
+from funcmodel.core.lowering import has_call, leaves, nodes, reads
 from funcmodel.core.shapes import nbytes_of, spec_of
 from funcmodel.core.wire import BLANK, render_header, with_digests
 from funcmodel.errors import PlanError
-from funcmodel.plan.routing import GAP, SMALL, SPAN
+from funcmodel.plan.routing import BUFFERS, GAP, PINNED, SMALL
 from funcmodel.records.actions import (
     Assign,
     Initialize,
@@ -107,14 +107,18 @@ def cost(plan: StateDictPlan | LoadPlan | SavePlan, *, on: object = "cpu", route
     `peak` is what stays, what is replaced only at the end (`commit="swap"` keeps a module's present tensors until then;
     leaves on meta have none), and on the CPU the largest tensor that is computed aside: arguments and result of a
     `Call`, what a reshape reorders, a draw in float32, the second of two names that must agree; of a save the largest
-    tensor. Where the routes say that tensors are overwritten (`routed(plan, commit="in_place")`), nothing is replaced,
-    but all that a `Call` makes is there before the first byte is written. Buffers come on top: those that the routes
-    name, or where there are no routes yet at most 64 MiB, and on the way to a GPU 128 MiB; of a save 16 MiB for each
-    file that may be written at once, of which there are up to 8.
+    tensor that is neither stored nor live as it is wanted. Where the routes say that tensors are overwritten
+    (`routed(plan, commit="in_place")`), nothing is replaced, but all that a `Call` makes is there before the first byte
+    is written. Buffers come on top: those that the routes name, or where there are no routes yet at most 64 MiB, and on
+    the way to a GPU 128 MiB.
+
+    A save has 16 MiB of buffers for each of the files that are written at once, of which there are up to 8; but only
+    one is where anything is computed or comes from a GPU, and 64 MiB are added where stored tensors are changed. Out of
+    a GPU tensors pass through two pinned buffers of at most 8 MiB, and it makes pieces as large contiguous.
 
     Args:
         plan: the plan.
-        on: the device that `materialize` is given; the other plans name their own.
+        on: the device that `materialize` is given, or that has the live tensors of a save. A `LoadPlan` names its own.
         routes: how a `StateDictPlan` is read, from `routing`; a `LoadPlan` may have its own.
 
     Example:
@@ -140,7 +144,7 @@ def cost(plan: StateDictPlan | LoadPlan | SavePlan, *, on: object = "cpu", route
         case LoadPlan():
             return _load_cost(plan)
         case SavePlan():
-            return _save_cost(plan.actions)
+            return _save_cost(plan.actions, device(on))
         case _:
             assert_never(plan)
 
@@ -230,7 +234,7 @@ def _with_routes(found: Cost, routes: Routing | None, borrowed: int, changed: Co
     scratch = {where: 2 * readers * routes.buffer for where in changed if where.type != "cpu"}
     peak = {where: found.peak.get(where, 0) + scratch.get(where, 0) for where in (*found.peak, *scratch)}
     buffers, pinned = (0, size) if routes.pinned else (size, 0)
-    buffers += routes.threads * SPAN if routes.direct else 0
+    buffers += routes.threads * routes.span
     cached = sum(size for path, size in found.read.items() if path not in routes.direct)
     return evolve(found, peak=FrozenMap(peak), borrowed=borrowed, buffers=buffers, pinned=pinned, cached=cached)
 
@@ -275,10 +279,10 @@ def _held(action: LoadAction) -> tuple[Device, int, Expr | None]:
             assert_never(action)
 
 
-def _save_cost(actions: Iterable[SaveAction]) -> Cost:
+def _save_cost(actions: Iterable[SaveAction], home: Device) -> Cost:
     written: dict[str, int] = {}
     exprs: list[Expr] = []
-    largest = shards = 0
+    shards = 0
     for action in actions:
         match action:
             case WriteShard(file, entries, metadata, digests):
@@ -286,10 +290,8 @@ def _save_cost(actions: Iterable[SaveAction]) -> Cost:
                 specs = {key: spec_of(expr) for key, expr in entries.items()}
                 if digests != "none":
                     metadata = with_digests(metadata, dict.fromkeys(("", *specs), BLANK))
-                sizes = [spec.nbytes for spec in specs.values()]
-                written[file] = len(render_header(specs, metadata)[0]) + sum(sizes)
+                written[file] = len(render_header(specs, metadata)[0]) + sum(spec.nbytes for spec in specs.values())
                 exprs += entries.values()
-                largest = max(largest, *sizes, *map(_aside, entries.values()), 0)
             case WriteIndex(file, weight_map, metadata):
                 written[file] = len(render_index(weight_map, metadata).encode("utf-8"))
             case WriteText(file, text):
@@ -298,8 +300,18 @@ def _save_cost(actions: Iterable[SaveAction]) -> Cost:
                 pass
             case _:
                 assert_never(action)
-    peak = FrozenMap({CPU: largest}) if largest else FrozenMap[Device, int]()
+    made = [expr for expr in exprs if type(expr) is not Read and type(expr) is not Live]
+    reading = any(type(leaf) is Read for expr in made for leaf in leaves(expr))
+    far = [] if home == CPU else [leaf.spec.nbytes for expr in exprs for leaf in leaves(expr) if type(leaf) is Live]
+    passing = 0 if home == CPU else sum(expr.spec.nbytes for expr in exprs if type(expr) is Live)
+    peak = {home: 2 * min(PINNED, max(far, default=0))}
+    peak[CPU] = max((nbytes_of(expr) + _aside(expr) for expr in made), default=0)
     read = _read((expr, CPU, "read") for expr in exprs)
-    cached = sum(read.values()) + sum(written.values())
-    buffers = WRITTEN * min(WRITERS, shards)
-    return Cost(read=FrozenMap(read), peak=peak, written=FrozenMap(written), buffers=buffers, cached=cached)
+    return Cost(
+        read=FrozenMap(read),
+        peak=FrozenMap({where: size for where, size in peak.items() if size}),
+        written=FrozenMap(written),
+        buffers=WRITTEN * min(1 if made or far else WRITERS, shards) + BUFFERS * reading,
+        pinned=2 * min(PINNED, passing),
+        cached=sum(read.values()) + sum(written.values()),
+    )

@@ -25,7 +25,9 @@ SLAB: Final = 4 << 20  # which is at most this large
 GAP: Final = 4 << 10  # so much between two of them is read with them: a disk reads it anyway, a call takes longer
 BUFFER: Final = 4 << 20  # one of the buffers through which passes what cannot be read in place
 PINNED: Final = 8 << 20  # one of those on the way to a device
-SPAN: Final = 8 << 20  # what each thread that reads past the page cache has to itself
+SPAN: Final = 8 << 20  # what each thread that reads past the page cache has to itself, at most
+BUFFERS: Final = 64 << 20  # all of these together, but for those on the way to a device
+BLOCK: Final = 4096  # past the page cache places, sizes and addresses are multiples of it, on every device in use
 PAGEABLE: Final = 256 << 20  # of less, none of those is pinned
 FEW_PINNED: Final = 4  # up to MANY bytes so many are
 MANY: Final = 1_500_000_000  # and from there on two for each thread
@@ -240,11 +242,12 @@ def _with_buffers(
     threads = max(DISK, machine.threads) if direct else machine.threads
     buffers, size, pinned = 0, BUFFER, False
     if "stage" in kinds:
-        size = PINNED
-        crossing = [expr for key, expr, home in entries if routes[key] == "stage" and home.type == "cuda"]
-        buffers, pinned = staging(sum(nbytes_of(expr) for expr in crossing), threads)
+        staged = [(nbytes_of(expr), home.type) for key, expr, home in entries if routes[key] == "stage"]
+        size = BUFFER if all(kind == "cpu" for _, kind in staged) else PINNED
+        buffers, pinned = staging(sum(nbytes for nbytes, kind in staged if kind == "cuda"), threads)
     elif "transform" in kinds:
         buffers = threads + 2  # one that is being used, and one that waits
+    left = max(BUFFERS - buffers * size, BUFFERS // 4) // threads
     return Routing(
         routes=FrozenMap(routes),
         mapped=mapped,
@@ -254,6 +257,7 @@ def _with_buffers(
         buffers=buffers,
         buffer=size if buffers else 0,
         pinned=pinned,
+        span=min(SPAN, left // BLOCK * BLOCK) if direct else 0,
         into=into,
     )
 

@@ -71,6 +71,7 @@ class Routing:
         buffers: how many buffers of `buffer` bytes there are for what cannot be read in place, or is staged.
         buffer: bytes of each.
         pinned: whether the buffers of "stage" are pinned, so that a GPU copies out of one while the next is filled.
+        span: bytes that each thread has for itself to read past the page cache.
         into: "fresh" memory, or "existing" tensors that are overwritten.
     """
 
@@ -82,4 +83,5 @@ class Routing:
     buffers: int = 0
     buffer: int = 0
     pinned: bool = False
+    span: int = 0
     into: Into = "fresh"

@@ -5,16 +5,12 @@ import os
 import threading
 from collections.abc import Sequence
 from io import FileIO
-from typing import Final
 
 import numpy as np
 from attrs import define, field
 
-from funcmodel.plan.routing import SPAN
+from funcmodel.plan.routing import BLOCK, SPAN
 from funcmodel.run.files import READ, SourceFile
-from funcmodel.run.memory import PAGE
-
-_BLOCK: Final = PAGE  # offsets, sizes and addresses of direct reads are multiples of it, on every device in use
 
 
 @define(eq=False)
@@ -22,14 +18,16 @@ class DirectFile:
     """An open file that is read past the page cache, and through it where the system refuses that.
 
     The kernel then writes whole blocks, to addresses that are multiples of a block. Where file and memory both start on
-    one, bytes go there at once; all else passes through `SPAN` bytes of memory, which each thread has for itself.
+    one, bytes go there at once; all else passes through memory that each thread has for itself.
 
     Attributes:
         file: the file.
-        own: what each thread has for itself, shared by all files that are read in one go.
+        span: how many bytes of it, whole blocks.
+        own: where it is, shared by all files that are read in one go.
     """
 
     file: SourceFile
+    span: int = SPAN
     own: threading.local = field(factory=threading.local)
     _open: list[FileIO] = field(factory=list, init=False)
 
@@ -52,9 +50,9 @@ class DirectFile:
             self.file.readv_into(buffers, offset)
             return
         buffer = buffers[0]
-        if len(buffers) == 1 and len(buffer) >= _BLOCK and not offset % _BLOCK and not _address(buffer) % _BLOCK:
-            whole, done = len(buffer) // _BLOCK * _BLOCK, 0
-            while done < whole and (got := self._direct(buffer[done:whole], offset + done) // _BLOCK * _BLOCK):
+        if len(buffers) == 1 and len(buffer) >= BLOCK and not offset % BLOCK and not _address(buffer) % BLOCK:
+            whole, done = len(buffer) // BLOCK * BLOCK, 0
+            while done < whole and (got := self._direct(buffer[done:whole], offset + done) // BLOCK * BLOCK):
                 done += got
             if done == whole:
                 buffers, offset = (buffer[whole:],), offset + whole
@@ -65,10 +63,10 @@ class DirectFile:
 
         Nothing is copied where a byte's place in its page is that in the file.
         """
-        at, last, done = start - offset % _BLOCK, -(-stop // _BLOCK) * _BLOCK, start
-        if self._open and at >= 0 and last <= len(where) and not (_address(where) + at) % _BLOCK:
-            got = _BLOCK
-            while at < stop and got and not got % _BLOCK:  # refused, or the end of a file that was cut short
+        at, last, done = start - offset % BLOCK, -(-stop // BLOCK) * BLOCK, start
+        if self._open and at >= 0 and last <= len(where) and not (_address(where) + at) % BLOCK:
+            got = BLOCK
+            while at < stop and got and not got % BLOCK:  # refused, or the end of a file that was cut short
                 got = self._direct(where[at:last], offset - start + at)
                 at += got
             done = max(start, min(at, stop))
@@ -81,8 +79,8 @@ class DirectFile:
         waiting = [buffer for buffer in reversed(buffers) if len(buffer)]
         span = self._span() if waiting else None
         while offset < stop:
-            start = offset // _BLOCK * _BLOCK
-            got = 0 if span is None else self._direct(span[: -(-(stop - start) // _BLOCK) * _BLOCK], start)
+            start = offset // BLOCK * BLOCK
+            got = 0 if span is None else self._direct(span[: -(-(stop - start) // BLOCK) * BLOCK], start)
             fresh = min(start + got, stop) - offset
             if fresh <= 0 or span is None:  # refused, or the end of a file that was cut short
                 self.file.readv_into(waiting[::-1], offset)
@@ -111,7 +109,7 @@ class DirectFile:
         if found is None:
             try:
                 # With room for the rest of the first and the last block, or a few bytes would be a read of their own.
-                pages = mmap.mmap(-1, SPAN + 2 * _BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                pages = mmap.mmap(-1, self.span + 2 * BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             except OSError:
                 return None  # of memory
             found = self.own.span = memoryview(pages)

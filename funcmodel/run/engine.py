@@ -1,7 +1,7 @@
 """The engine owns bytes: fresh memory, coalesced ranges of files, a few threads. It knows `Read` and no expression."""
 
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain, islice
 from operator import itemgetter
@@ -10,9 +10,9 @@ from typing import Final, Protocol, TypeAlias
 import torch
 from attrs import frozen
 
-from funcmodel.plan.routing import SLAB
+from funcmodel.plan.routing import SLAB, SPAN
 from funcmodel.records.expressions import Expr, FileRef, Read
-from funcmodel.records.routes import Route
+from funcmodel.records.routes import Route, Routing
 from funcmodel.run.crew import Crew
 from funcmodel.run.files import Digest, SourceFile
 from funcmodel.run.formats import Format, ReadRange, format_named, open_source, range_reader
@@ -71,7 +71,7 @@ def opened(
     formats: tuple[Format, ...],
     exprs: Iterable[Expr] = (),
     digest: Digest = "ignore",
-    direct: Collection[str] = (),
+    routes: Routing | None = None,
 ) -> Iterator[dict[FileRef, Source]]:
     """Every file, opened and checked against its fingerprint before the first byte is read, closed whatever happens.
 
@@ -80,7 +80,7 @@ def opened(
         formats: the formats that they may have.
         exprs: what will be read of them.
         digest: "check", or a `Hashed`: each tensor of which `exprs` read anything is first compared with its digest.
-        direct: paths of files that are read past the page cache.
+        routes: which of them are read past the page cache; by default none.
 
     Raises:
         StalePlanError: a file is not the one that was planned.
@@ -102,13 +102,13 @@ def opened(
 
             reads = {ref: (file, sources[ref].readv_into) for ref, file in files.items()}
             check_reads(exprs, reads, formats, digest)
-        if direct:
+        if routes is not None and routes.direct:
             from funcmodel.run.direct import DirectFile
 
             own = threading.local()
             for ref, file in files.items():
-                if ref.path in direct and sources[ref] is file:
-                    sources[ref] = stack.enter_context(DirectFile(file, own))
+                if ref.path in routes.direct and sources[ref] is file:
+                    sources[ref] = stack.enter_context(DirectFile(file, routes.span or SPAN, own))
         yield sources
         for file in files.values():
             file.verify_unchanged()

@@ -247,7 +247,7 @@ def _evaluator(
     """Check everything that can be checked without reading, open every file, and check them again at the end."""
     given = live or {}
     refs = check_plan(plan, given)
-    with opened(refs, formats, plan.values(), digest, routes.direct) as files:
+    with opened(refs, formats, plan.values(), digest, routes) as files:
         yield Evaluator(files, given, routes)
 
 

@@ -16,12 +16,12 @@ from funcmodel.run.evaluate import stream
 from funcmodel.run.files import Digest
 from funcmodel.run.formats import Format
 from funcmodel.run.memory import memory, tensor_at
+from funcmodel.run.moves import move
 from funcmodel.run.tensors import FROM_TORCH, byte_view
 
-_BUFFER: Final = 8 << 20  # stored bytes pass through a buffer of this size, one for each thread that writes
+_BUFFER: Final = 8 << 20  # what cannot be written as it lies passes through as much, for each thread that writes
 _SLAB: Final = 4 << 20  # small tensors are joined into blocks of this size
 _SMALL: Final = 64 << 10  # and are smaller than this
-_PIECE: Final = 8 << 20  # what is not contiguous on the CPU is made so in pieces of this size
 
 
 class Outgoing:
@@ -131,7 +131,7 @@ def _ranges(reads: Iterable[Read]) -> Iterator[tuple[FileRef, int, int]]:
 def _joined(tensors: Iterable[tuple[torch.Tensor, TensorSpec]]) -> Iterator[list[memoryview]]:
     """The bytes of tensors: small ones copied together into one buffer, large ones as they lie in memory."""
     small: list[torch.Tensor] = []
-    room = tensor_at(memory(_SLAB), 0, torch.uint8, (_SLAB,))
+    room = tensor_at(memory(_BUFFER), 0, torch.uint8, (_BUFFER,))
     last: TensorSpec | None = None
     size = nbytes = 0  # of what waits in `small`, and of one tensor
     even = True
@@ -142,7 +142,7 @@ def _joined(tensors: Iterable[tuple[torch.Tensor, TensorSpec]]) -> Iterator[list
             yield [_together(small, even, room[:size])]
             small, size = [], 0
         if nbytes > _SMALL:
-            yield from _pieces(tensor)
+            yield from _pieces(tensor, room)
         else:
             if not small:
                 even = bool(spec.shape)
@@ -171,14 +171,14 @@ def _drained(tensors: Iterable[torch.Tensor]) -> Iterator[list[memoryview]]:
     yield from drained(tensors)
 
 
-def _pieces(tensor: torch.Tensor) -> Iterator[list[memoryview]]:
-    """The bytes of one tensor in row-major order, without a copy where it lies so on the CPU."""
-    plain = tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
-    if plain:
+def _pieces(tensor: torch.Tensor, room: torch.Tensor) -> Iterator[list[memoryview]]:
+    """The bytes of one tensor on the CPU in row-major order, by way of `room` where it does not lie so."""
+    if tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
         yield [byte_view(tensor)]
-    elif tensor.nbytes <= _PIECE:
-        yield [byte_view(tensor.resolve_conj().resolve_neg().contiguous())]
+    elif tensor.nbytes <= len(room):
+        move(tensor.detach(), room[: tensor.nbytes].view(tensor.dtype).view(tensor.shape))
+        yield [byte_view(room[: tensor.nbytes])]
     else:
-        rows = max(1, _PIECE * len(tensor) // tensor.nbytes)
+        rows = max(1, len(room) * len(tensor) // tensor.nbytes)
         for part in torch.split(tensor, rows) if len(tensor) > 1 else tensor.unbind():
-            yield from _pieces(part)
+            yield from _pieces(part, room)
