@@ -29,7 +29,7 @@ def stored(path: Path, tensors: dict[str, torch.Tensor]) -> list[tuple[str, Read
 
 
 def plain(reads, files):
-    return read_plain(reads, files, routing(dict(reads)).routes, threads=2)
+    return read_plain(dict(reads), files, routing(dict(reads)).routes, threads=2)
 
 
 def raw_file(path: Path, text: str, data: bytes) -> list[tuple[str, Read]]:
@@ -97,11 +97,11 @@ def test_what_lies_between_small_tensors_is_read_with_them_and_reaches_nobody(tm
     with open_regular(ref.path) as file:
         for between in (0, GAP):
             source = Counted(file)
-            found = read_plain(wanted, {ref: source}, slabs, 1, between)
+            found = read_plain(dict(wanted), {ref: source}, slabs, 1, between)
             assert all(torch.equal(found[key], tensors[key]) for key in plan)
             calls.append(source.calls)
         decoded = _Decoded(file, lambda source, buffer, offset: source.readv_into([buffer], offset))
-        found = read_plain(wanted, {ref: decoded}, slabs, 1, GAP)  # where other bytes may mean nothing
+        found = read_plain(dict(wanted), {ref: decoded}, slabs, 1, GAP)  # where other bytes may mean nothing
         assert all(torch.equal(found[key], tensors[key]) for key in plan)
     alone, together = calls
     assert sum(size for _, size in alone) == nbytes(plan)

@@ -16,7 +16,7 @@ from funcmodel.records.routes import Route, Routing
 from funcmodel.run.crew import Crew
 from funcmodel.run.files import Digest, SourceFile
 from funcmodel.run.formats import Format, ReadRange, format_named, open_source, range_reader
-from funcmodel.run.memory import ALIGNED, PAGE, memory, tensor_at
+from funcmodel.run.memory import ALIGNED, PAGE, memory, tensor_at, tensors_at
 from funcmodel.run.tensors import torch_dtype, torch_shape
 
 Piece: TypeAlias = tuple[int, memoryview]
@@ -169,24 +169,28 @@ class _Layout:
 
 
 class _Slab:
-    """Memory that small tensors will share: planned first, then allocated in one go."""
+    """Memory that small tensors will share: planned first, then allocated in one go.
+
+    Tensors of one layout are noted together, in two lists: a tuple for each would be one more thing for the garbage
+    collector to look at, and there may be 100,000.
+    """
 
     def __init__(self) -> None:
         self.top = 0
         self.spans: list[tuple[list[Piece], int, int, int]] = []  # (pieces of its file, offset, position, bytes)
-        self.members: list[tuple[str, int, _Layout]] = []
+        self.members: dict[int, tuple[_Layout, list[str], list[int]]] = {}
 
     def allocate(self, found: dict[str, torch.Tensor]) -> None:
         """Tensors on fresh memory, and the pieces that fill it."""
         where = memory(self.top)
         for pieces, offset, position, size in self.spans:
             pieces.append((offset, where[position : position + size]))
-        for key, position, layout in self.members:
-            found[key] = tensor_at(where, position, layout.kind, layout.shape)
+        for layout, keys, positions in self.members.values():
+            found.update(zip(keys, tensors_at(where, positions, layout.kind, layout.shape), strict=True))
 
 
 def read_plain(
-    wanted: Iterable[tuple[str, Read]],
+    wanted: Mapping[str, Read],
     files: Mapping[FileRef, Source],
     routes: Mapping[str, Route],
     threads: int = 1,
@@ -208,28 +212,24 @@ def read_plain(
         PlanError: torch has no such dtype.
         TruncatedError: a file ended early.
     """
-    wanted = [*wanted]  # whose specs stay alive with it
     found: dict[str, torch.Tensor] = {}
-    by_file: dict[int, tuple[FileRef, list[tuple[int, str, _Layout]]]] = {}
-    layouts: dict[int, _Layout] = {}  # by identity: the specs of a file are shared, and hashing one costs more
-    for key, read in wanted:
-        spec, ref = read.spec, read.file
-        layout = layouts.get(id(spec))
-        if layout is None:
-            layout = layouts[id(spec)] = _Layout(spec.nbytes, torch_dtype(spec.dtype), torch_shape(spec))
-        group = by_file.get(id(ref))
+    by_file: dict[int, list[str]] = {}
+    for key, read in wanted.items():
+        group = by_file.get(id(read.file))
         if group is None:
-            group = by_file[id(ref)] = (ref, [])
-        group[1].append((read.offset, key, layout))
+            group = by_file[id(read.file)] = []
+        group.append(key)
     slab = _Slab()
     work: list[tuple[Source, list[Piece]]] = []
-    for ref, entries in by_file.values():
+    for keys in by_file.values():
+        source = files[wanted[keys[0]].file]
         pieces: list[Piece] = []
-        work.append((files[ref], pieces))
-        plain = plain_file(files[ref])
-        align = ALIGNED if plain is None or plain is files[ref] else PAGE  # past the page cache it arrives in blocks
+        work.append((source, pieces))
+        plain = plain_file(source)
+        align = ALIGNED if plain is None or plain is source else PAGE  # past the page cache it arrives in blocks
         gap = between if plain is not None else 0
-        slab = _place(sorted(entries, key=itemgetter(0)), pieces, slab, found, routes, align, gap)
+        keys.sort(key=lambda key: wanted[key].offset)
+        slab = _place(keys, wanted, pieces, slab, found, routes, align, gap)
     if slab.members:
         slab.allocate(found)
     for _, pieces in work:
@@ -239,7 +239,8 @@ def read_plain(
 
 
 def _place(
-    entries: list[tuple[int, str, _Layout]],
+    keys: Iterable[str],
+    wanted: Mapping[str, Read],
     pieces: list[Piece],
     slab: _Slab,
     found: dict[str, torch.Tensor],
@@ -248,11 +249,17 @@ def _place(
     between: int,
 ) -> _Slab:
     """Give every tensor of one file its memory, in file order; the slab is handed on to the next file."""
+    layouts: dict[int, _Layout] = {}  # by identity: the specs of a file are shared, and hashing one costs more
     first = size = 0  # the run of small tensors that is being collected: it lies in memory as it lies in the file
     end = -1 - between  # of the small tensor before
     forgotten = memoryview(bytearray(between))
-    at, top, join = -1, slab.top, slab.members.append
-    for offset, key, layout in entries:
+    at, top, members = -1, slab.top, slab.members
+    for key in keys:
+        read = wanted[key]
+        offset, spec = read.offset, read.spec
+        layout = layouts.get(id(spec))
+        if layout is None:
+            layout = layouts[id(spec)] = _Layout(spec.nbytes, torch_dtype(spec.dtype), torch_shape(spec))
         nbytes = layout.nbytes
         if not nbytes:
             found[key] = torch.empty(layout.shape, dtype=layout.kind, device="cpu")
@@ -270,7 +277,7 @@ def _place(
             slab.allocate(found)
             slab = _Slab()
             position = size = 0
-            join = slab.members.append
+            members = slab.members
         if size and offset == end and position == top:
             size += nbytes
         else:
@@ -281,7 +288,11 @@ def _place(
             first, at, size = offset, position, nbytes
         end = offset + nbytes
         top = position + nbytes
-        join((key, position, layout))
+        group = members.get(id(layout))
+        if group is None:
+            group = members[id(layout)] = (layout, [], [])
+        group[1].append(key)
+        group[2].append(position)
     slab.top = top
     if size:
         slab.spans.append((pieces, first, at, size))

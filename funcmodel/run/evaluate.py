@@ -94,7 +94,7 @@ def materialize_routed(
     home = torch.device("cpu") if isinstance(device, Mapping) else device
     near = home.type == "cpu"
     held = 0
-    plain: list[tuple[str, Read]] = []
+    plain: dict[str, Read] = {}
     mapped: list[tuple[str, Expr]] = []
     staged: dict[torch.device, list[tuple[str, Expr]]] = {}
     others: list[tuple[str, Expr]] = []
@@ -111,7 +111,7 @@ def materialize_routed(
         if taken == "stage" or not near:
             staged.setdefault(home, []).append((key, expr))
         elif type(expr) is Read and (taken == "slab" or taken == "read"):
-            plain.append((key, expr))
+            plain[key] = expr
         else:
             others.append((key, expr))
     require_memory(held)

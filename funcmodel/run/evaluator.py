@@ -132,9 +132,9 @@ class Evaluator:
         if len(batch) == 1 and type(batch[0][1]) is not Read:
             key, expr = batch[0]
             return {key: self._begun(expr)}
-        reads = [(key, expr.of if type(expr) is Cast else expr) for key, expr in batch]
+        reads = {key: expr.of if type(expr) is Cast else expr for key, expr in batch}
         routes: dict[str, Route] = {key: "slab" if len(batch) > 1 else "read" for key, _ in batch}
-        found = read_plain(cast(list[tuple[str, Read]], reads), self.files, routes, self._routes.threads)
+        found = read_plain(cast(dict[str, Read], reads), self.files, routes, self._routes.threads)
         for key, expr in batch:
             if type(expr) is Cast:
                 found[key] = found[key].to(torch_dtype(expr.dtype))

@@ -127,10 +127,19 @@ def tensor_at(where: memoryview, start: int, kind: torch.dtype, shape: tuple[int
     """
     if 0 in shape:
         return torch.empty(shape, dtype=kind, device="cpu")
+    return tensors_at(where, (start,), kind, shape)[0]
+
+
+def tensors_at(
+    where: memoryview, starts: Iterable[int], kind: torch.dtype, shape: tuple[int, ...]
+) -> list[torch.Tensor]:
+    """As `tensor_at`, several of one dtype and shape, which has elements."""
     if len(shape) == 1:
-        return torch.frombuffer(where, dtype=kind, count=shape[0], offset=start)
+        return [torch.frombuffer(where, dtype=kind, count=shape[0], offset=start) for start in starts]
     # By numpy, because torch.frombuffer makes one axis only and the view that gives it others costs twice as much.
+    made, array = torch.from_numpy, np.ndarray
     native = _NATIVE.get(kind)
     if native is not None:
-        return torch.from_numpy(np.ndarray(shape, native, where, start))
-    return torch.from_numpy(np.ndarray(shape, _CARRIER[kind.itemsize], where, start)).view(kind)
+        return [made(array(shape, native, where, start)) for start in starts]
+    carrier = _CARRIER[kind.itemsize]
+    return [made(array(shape, carrier, where, start)).view(kind) for start in starts]
