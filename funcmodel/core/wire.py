@@ -5,7 +5,7 @@ the start of the data; those in records count from the start of the file.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from hashlib import blake2b
 from typing import Any, Final
 
@@ -17,7 +17,6 @@ from funcmodel.core.limits import LIMITS, name_error
 from funcmodel.core.limits import Limits as Limits
 from funcmodel.errors import PlanError
 from funcmodel.records.checkpoint import FileSpec
-from funcmodel.records.dtypes import DType
 from funcmodel.records.mapping import FrozenMap
 from funcmodel.records.tensors import TensorSpec
 
@@ -149,15 +148,15 @@ def render_header(
         >>> len(data), dict(at)
         (4096, {'w': 4096, 'b': 4104})
     """
-    kinds: dict[tuple[tuple[int, ...], DType], tuple[str, int]] = {}
+    kinds: dict[int, tuple[str, int, TensorSpec]] = {}  # by identity: specs are shared, and hashing one costs more
     parts: list[str] = []
     starts: dict[str, int] = {}
     end = 0
     for (name, spec), quoted in zip(entries.items(), _quoted(entries, limits), strict=True):
-        known = kinds.get((spec.shape, spec.dtype))
+        known = kinds.get(id(spec))
         if known is None:
-            known = kinds[spec.shape, spec.dtype] = _writable(name, spec, limits)
-        text, size = known
+            known = kinds[id(spec)] = (*_writable(name, spec, limits), spec)
+        text, size, _ = known
         starts[name] = end
         parts.append(f"{quoted}:{text}[{end},{end + size}]}}")
         end += size
@@ -180,17 +179,18 @@ def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-def _quoted(names: Iterable[str], limits: Limits) -> Iterable[str]:
+def _quoted(names: Collection[str], limits: Limits) -> list[str]:
     """Names as JSON, if the format can hold them. There may be 100,000, so they are looked at together first."""
     together = "".join(names)
     plain = together.isascii() and together.isprintable() and '"' not in together and "\\" not in together
-    for name in names:
-        if not (plain and 0 < len(name) <= limits.name_chars) or name == _METADATA:
+    if not plain or "" in names or _METADATA in names or max(map(len, names), default=0) > limits.name_chars:
+        for name in names:
             found = ("NAME_RESERVED", "the format reserves this name") if name == _METADATA else None
             found = found or name_error(name, limits)
             if found is not None:
                 raise _unwritable(name, *found)
-        yield '"' + name + '"' if plain else _json(name)  # not formatted: members of an Enum have other words for that
+    # Not formatted: members of an Enum have other words for that.
+    return ['"' + name + '"' for name in names] if plain else [_json(name) for name in names]
 
 
 def _writable(name: str, spec: TensorSpec, limits: Limits) -> tuple[str, int]:
