@@ -100,18 +100,20 @@ def materialize_routed(
     others: list[tuple[str, Expr]] = []
     for key, expr in plan.items():
         taken = way[key]
-        if taken == "map":
-            mapped.append((key, expr))
-            continue
         if homes is not None:
             home = homes[key]
             near = home.type == "cpu"
+        if near and type(expr) is Read and (taken == "slab" or taken == "read"):
+            plain[key] = expr
+            held += expr.spec.nbytes
+            continue
+        if taken == "map":
+            mapped.append((key, expr))
+            continue
         if near:
             held += nbytes_of(expr)
         if taken == "stage" or not near:
             staged.setdefault(home, []).append((key, expr))
-        elif type(expr) is Read and (taken == "slab" or taken == "read"):
-            plain[key] = expr
         else:
             others.append((key, expr))
     require_memory(held)
