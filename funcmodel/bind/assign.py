@@ -391,7 +391,7 @@ def _require_in_place(target: Target, exprs: Mapping[str, Expr], into: Values) -
         if found.dtype is not expected.dtype:
             raise PlanError(
                 f"{key!r} is {found.dtype} in the module and {expected.dtype} in the plan, which its storage cannot "
-                "become; cast the source, plan with dtype='module', or use commit='swap'",
+                "become; cast the source, load with LoadPolicy(dtype='module'), or use commit='swap'",
                 keys=(key,),
                 expected=expected,
                 found=found,
