@@ -197,8 +197,7 @@ def save(
         into: the folder, created where it does not exist; or a path that ends in `.safetensors`, for exactly one file.
         max_shard_size: most bytes of tensor data per file, as an int or as text such as "5GB".
         shards: at most so many files, about equally large, which several threads write at once unless tensors are
-            computed (a cast, say) or come from a GPU; "auto" takes 4 to 8 of them from 2 GiB on. None leaves it to
-            `max_shard_size`.
+            computed (a cast, say); "auto" takes 4 to 8 of them from 2 GiB on. None leaves it to `max_shard_size`.
         config: written as `config.json`.
         texts: more text files beside it, name to content, for example "generation_config.json".
         variant: as in `model.fp16.safetensors`.

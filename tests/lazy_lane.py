@@ -54,8 +54,9 @@ class LazyDevice:
         return spare[start : start + nbytes]
 
     def stream(self) -> LazyStream:
-        self.sides.append(LazyStream())
-        return self.sides[-1]
+        made = LazyStream()
+        self.sides.append(made)
+        return made
 
     @property
     def current(self) -> LazyStream:

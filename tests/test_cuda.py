@@ -278,6 +278,19 @@ def test_a_save_from_the_device_passes_through_buffers(tmp_path: Path) -> None:
     assert (tmp_path / "cuda/model.safetensors").read_bytes() == (tmp_path / "cpu/model.safetensors").read_bytes()
 
 
+def test_shards_are_written_at_once_behind_what_the_device_was_given(tmp_path: Path) -> None:
+    tensors = {f"{i}": torch.zeros(100_000_000, device=GPU) for i in range(4)}  # as many bytes as are worth pinning for
+    own = torch.cuda.Stream()
+    with torch.cuda.stream(own):
+        own.wait_stream(torch.cuda.default_stream())
+        torch.cuda._sleep(500_000_000)
+        for i, tensor in enumerate(tensors.values()):
+            tensor.add_(i + 1)
+        saved = fm.save(tensors, tmp_path, shards=4)
+    assert len(saved.files) == 4
+    assert all(bool((tensor == int(key) + 1).all()) for key, tensor in materialize(fm.scan(tmp_path)).items())
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
 def test_two_devices_take_each_what_is_theirs(tmp_path: Path) -> None:
     plan = stored(tmp_path)

@@ -135,16 +135,18 @@ def test_a_save_from_a_gpu_states_what_it_pins() -> None:
     assert found.peak == {CPU: 8 << 20, CUDA: 16 << 20}
     few = cost(plan_save(StateDictPlan({"b": leaves["b"]})), on="cuda:0")
     assert (few.pinned, few.peak) == (200, {CUDA: 200})
+    four = {f"{i}": Live(f"{i}", TensorSpec([400_000_000], "uint8")) for i in range(4)}
+    many = cost(plan_save(StateDictPlan(four), max_shard_size=400_000_000), on="cuda:0")
+    assert (many.pinned, many.peak) == (4 * (16 << 20), {CUDA: 4 * (16 << 20)})
 
 
 def test_a_save_of_what_is_computed_writes_one_file_at_a_time() -> None:
-    stands = StateDictPlan({key: stored(key) for key in "abcd"})
-    apart, changed = (
-        cost(plan_save(plan, max_shard_size=128))
-        for plan in (stands, StateDictPlan({key: build.cast(expr, "float64") for key, expr in stands.items()}))
-    )
+    spec = TensorSpec([4096, 2048], "float32")
+    stands = StateDictPlan({key: Read(FileRef("f", "safetensors", 1 << 30, ""), key, spec, 4096) for key in "abcd"})
+    made = StateDictPlan({key: build.cast(expr, "float64") for key, expr in stands.items()})
+    apart, changed = (cost(plan_save(plan, max_shard_size=spec.nbytes)) for plan in (stands, made))
     assert (apart.buffers, apart.peak) == (4 * (16 << 20), {})
-    assert (changed.buffers, changed.peak) == ((16 << 20) + (64 << 20), {CPU: 256})
+    assert (changed.buffers, changed.peak) == ((16 << 20) + (64 << 20), {CPU: 2 * spec.nbytes})
 
 
 # -- origins -------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -29,7 +29,8 @@ from funcmodel.records.plans import StateDictPlan
 from funcmodel.records.routes import Machine
 from funcmodel.records.tensors import TensorSpec
 from funcmodel.run.boxes import box_of
-from funcmodel.run.drain import Drain
+from funcmodel.run.crew import Crew
+from funcmodel.run.drain import Drain, Drains
 from funcmodel.run.engine import source
 from funcmodel.run.evaluate import fill, materialize, materialize_routed
 from funcmodel.run.files import open_regular
@@ -701,7 +702,7 @@ def test_bytes_come_back_in_order_and_no_buffer_is_used_twice_at_once(nbytes):
     target = [torch.zeros(1)]
     device.lane.give(lambda: target[0].add_(1) and None)
     found = bytearray()
-    for batch in Drain(device.lane, nbytes).bytes_of([*tensors, target[0]]):
+    for batch in Drain(device.lane, nbytes).bytes_of([*tensors, target[0]], device.lane.record()):
         assert sum(map(len, batch)) <= nbytes
         for view in batch:
             found += view
@@ -714,8 +715,30 @@ def test_bytes_come_back_in_order_and_no_buffer_is_used_twice_at_once(nbytes):
 
 def test_a_way_back_that_is_left_early_is_synchronized():
     device = LazyDevice()
-    coming = Drain(device.lane, 4096).bytes_of([torch.ones(100_000)])
+    coming = Drain(device.lane, 4096).bytes_of([torch.ones(100_000)], device.lane.record())
     next(coming)
     coming.close()
     assert device.idle()
-    assert list(Drain(lane_to(CPU)).bytes_of([torch.empty(0)])) == []
+    assert list(Drain(lane_to(CPU)).bytes_of([torch.empty(0)], None)) == []
+
+
+def test_files_that_are_written_at_once_each_have_a_way_back_behind_what_the_caller_gave():
+    """Streams are a setting of each thread: the caller's work may wait in one that no other thread knows of."""
+    device, tensors = LazyDevice(), laid_out()
+    aside, late = device.lane.stream(), [torch.zeros(5000) for _ in range(4)]
+    with device.using(aside):
+        for tensor in late:
+            device.lane.give(partial(tensor.add_, 1))
+        drains = Drains({CPU}, lambda _: device.lane)
+    found = [bytearray() for _ in late]
+
+    def write(at: int) -> None:
+        for batch in drains.bytes_of([*tensors, late[at]]):
+            for view in batch:
+                found[at] += view
+
+    Crew().together([partial(write, at) for at in range(len(late))])
+    raw = [bits(t.detach().resolve_conj().resolve_neg().contiguous()).numpy().tobytes() for t in tensors]
+    assert all(bytes(each) == b"".join(raw) + torch.ones(5000).numpy().tobytes() for each in found)
+    assert len(device.hosts) <= 2 * len(late)
+    assert device.idle()

@@ -1,6 +1,6 @@
 """Questions to plans and specs: how many bytes, how many parameters, and what applying takes."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from math import prod
 from operator import itemgetter
@@ -14,6 +14,7 @@ from funcmodel.core.shapes import nbytes_of, spec_of
 from funcmodel.core.wire import BLANK, render_header, with_digests
 from funcmodel.errors import PlanError
 from funcmodel.plan.routing import BUFFERS, GAP, PINNED, SMALL
+from funcmodel.plan.sharding import writers
 from funcmodel.records.actions import (
     Assign,
     Initialize,
@@ -36,7 +37,6 @@ from funcmodel.records.reports import Cost
 from funcmodel.records.routes import Route, Routing
 
 WRITTEN: Final = 16 << 20  # bytes of buffers for a file that is being written
-WRITERS: Final = 8  # so many at once, at most
 
 _Way: TypeAlias = tuple[Expr, Device, Route | None]
 
@@ -112,9 +112,9 @@ def cost(plan: StateDictPlan | LoadPlan | SavePlan, *, on: object = "cpu", route
     is written. Buffers come on top: those that the routes name, or where there are no routes yet at most 64 MiB, and on
     the way to a GPU 128 MiB.
 
-    A save has 16 MiB of buffers for each of the files that are written at once, of which there are up to 8; but only
-    one is where anything is computed or comes from a GPU, and 64 MiB are added where stored tensors are changed. Out of
-    a GPU tensors pass through two pinned buffers of at most 8 MiB, and it makes pieces as large contiguous.
+    A save has 16 MiB of buffers for each of the files that are written at once, of which there are up to 8, but only
+    one where anything is computed; and 64 MiB are added where stored tensors are changed. Out of a GPU tensors pass
+    through two pinned buffers of at most 8 MiB for each such file, and it makes pieces as large contiguous.
 
     Args:
         plan: the plan.
@@ -279,14 +279,12 @@ def _held(action: LoadAction) -> tuple[Device, int, Expr | None]:
             assert_never(action)
 
 
-def _save_cost(actions: Iterable[SaveAction], home: Device) -> Cost:
+def _save_cost(actions: Sequence[SaveAction], home: Device) -> Cost:
     written: dict[str, int] = {}
     exprs: list[Expr] = []
-    shards = 0
     for action in actions:
         match action:
             case WriteShard(file, entries, metadata, digests):
-                shards += 1
                 specs = {key: spec_of(expr) for key, expr in entries.items()}
                 if digests != "none":
                     metadata = with_digests(metadata, dict.fromkeys(("", *specs), BLANK))
@@ -304,14 +302,16 @@ def _save_cost(actions: Iterable[SaveAction], home: Device) -> Cost:
     reading = any(type(leaf) is Read for expr in made for leaf in leaves(expr))
     far = [] if home == CPU else [leaf.spec.nbytes for expr in exprs for leaf in leaves(expr) if type(leaf) is Live]
     passing = 0 if home == CPU else sum(expr.spec.nbytes for expr in exprs if type(expr) is Live)
-    peak = {home: 2 * min(PINNED, max(far, default=0))}
+    files = [written[action.file] for action in actions if isinstance(action, WriteShard)]
+    at_once = writers(files, "computed" if made else "far" if far else "near") if files else 0
+    peak = {home: at_once * 2 * min(PINNED, max(far, default=0))}
     peak[CPU] = max((nbytes_of(expr) + _aside(expr) for expr in made), default=0)
     read = _read((expr, CPU, "read") for expr in exprs)
     return Cost(
         read=FrozenMap(read),
         peak=FrozenMap({where: size for where, size in peak.items() if size}),
         written=FrozenMap(written),
-        buffers=WRITTEN * min(1 if made or far else WRITERS, shards) + BUFFERS * reading,
-        pinned=2 * min(PINNED, passing),
+        buffers=at_once * WRITTEN + BUFFERS * reading,
+        pinned=2 * min(at_once * PINNED, passing),
         cached=sum(read.values()) + sum(written.values()),
     )

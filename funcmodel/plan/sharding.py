@@ -4,13 +4,17 @@ from collections.abc import Mapping, Sequence
 from typing import Final, Literal, TypeAlias
 
 from funcmodel.errors import PlanError
+from funcmodel.plan.routing import MANY
 from funcmodel.records.mapping import FrozenMap
 from funcmodel.records.plans import ShardPlan
 from funcmodel.records.tensors import parse_size
 
 SUFFIX: Final = ".safetensors"
 Shards: TypeAlias = int | Literal["auto"] | None
+Outbound: TypeAlias = Literal["near", "far", "computed"]
+WRITERS: Final = 8  # so many files at once, at most
 _PARALLEL: Final = 2 << 30  # less than this is written as fast into one file
+_APART: Final = 64 << 20  # files of fewer bytes together are written one after the other
 
 
 def plan_shards(
@@ -80,6 +84,23 @@ def plan_shards(
         FrozenMap({file: tuple(members) for file, (members, _) in zip(names, cuts, strict=True)}),
         FrozenMap({file: nbytes for file, (_, nbytes) in zip(names, cuts, strict=True)}),
     )
+
+
+def writers(sizes: Sequence[int], of: Outbound) -> int:
+    """How many files may be written at once. Two threads on one file would gain nothing: it has one lock.
+
+    Args:
+        sizes: of the files, in bytes.
+        of: "near", tensors that are stored or lie on the CPU, as they are wanted; "far", where some lie on a GPU, out
+            of which each thread has two pinned buffers, which must be worth pinning; "computed", where some are
+            changed, for which torch has threads of its own.
+
+    Example:
+        >>> writers([1 << 30] * 4, "near"), writers([1 << 28] * 4, "far"), writers([1 << 30] * 4, "computed")
+        (4, 1, 1)
+    """
+    enough = sum(sizes) >= (MANY if of == "far" else _APART)
+    return min(WRITERS, len(sizes)) if enough and sizes and of != "computed" else 1
 
 
 def _even_limit(sizes: Sequence[int], shards: int | Literal["auto"]) -> int | None:

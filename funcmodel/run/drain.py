@@ -1,6 +1,6 @@
 """The way back: the bytes of tensors on a device pass through two buffers, one is written while the other fills."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Final
@@ -15,20 +15,33 @@ from funcmodel.run.slabs import flat_bytes
 _LEAST: Final = 64
 
 
-def drained(tensors: Iterable[torch.Tensor]) -> Iterator[list[memoryview]]:
-    """The bytes of tensors on devices, one after the other, each in row-major order.
+class Drains:
+    """The ways back from several devices, for threads that each write a file of their own.
 
-    Tensors may have any strides. Host memory is two buffers of at most 8 MiB, device memory one part of that size of
-    a tensor that is not contiguous.
+    What the devices were given before this is made, by the thread that makes it, is done before any byte comes back;
+    the threads that ask for bytes have streams of their own.
 
     Args:
-        tensors: none is on the CPU. What their device was given before the first batch is asked for is done first.
-
-    Yields:
-        Bytes, which must be used before the next are asked for.
+        devices: none is the CPU.
+        lane: the way to one.
     """
-    for device, run in groupby(tensors, key=lambda tensor: tensor.device):
-        yield from Drain(lane_to(device)).bytes_of(list(run))
+
+    def __init__(self, devices: Iterable[torch.device], lane: Callable[[torch.device], Lane] = lane_to) -> None:
+        lanes = {device: lane(device) for device in devices}
+        self._ways = {device: (way, way.record()) for device, way in lanes.items()}
+
+    def bytes_of(self, tensors: Iterable[torch.Tensor]) -> Iterator[list[memoryview]]:
+        """The bytes of tensors on these devices, one after the other, each in row-major order.
+
+        Tensors may have any strides. Host memory is two buffers of at most 8 MiB, device memory one part of that size
+        of a tensor that is not contiguous.
+
+        Yields:
+            Bytes, which must be used before the next are asked for.
+        """
+        for device, run in groupby(tensors, key=lambda tensor: tensor.device):
+            lane, begun = self._ways[device]
+            yield from Drain(lane).bytes_of(list(run), begun)
 
 
 @define(eq=False)
@@ -50,13 +63,12 @@ class Drain:
         self._lane = lane
         self._nbytes = nbytes
 
-    def bytes_of(self, tensors: Sequence[torch.Tensor]) -> Iterator[list[memoryview]]:
-        """As `drained`, of tensors on this device."""
+    def bytes_of(self, tensors: Sequence[torch.Tensor], begun: Mark) -> Iterator[list[memoryview]]:
+        """As `Drains.bytes_of`, of tensors on this device, after a mark."""
         lane = self._lane
         # Small saves pin no more than they need.
         size = max(_LEAST, min(self._nbytes, sum(tensor.nbytes for tensor in tensors)))
         stream = lane.stream()
-        begun = lane.record()
         free: list[_Slot] = []
         filling: list[_Slot] = []
         try:

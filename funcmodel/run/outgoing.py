@@ -3,11 +3,12 @@
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from funcmodel.core.shapes import spec_of
+from funcmodel.plan.sharding import Outbound
 from funcmodel.records.expressions import Expr, FileRef, Live, Read
 from funcmodel.records.tensors import TensorSpec
 from funcmodel.run.checks import LiveTensors, check_plan
@@ -18,6 +19,9 @@ from funcmodel.run.formats import Format
 from funcmodel.run.memory import memory, tensor_at
 from funcmodel.run.moves import move
 from funcmodel.run.tensors import FROM_TORCH, byte_view
+
+if TYPE_CHECKING:
+    from funcmodel.run.drain import Drains
 
 _BUFFER: Final = 8 << 20  # what cannot be written as it lies passes through as much, for each thread that writes
 _SLAB: Final = 4 << 20  # small tensors are joined into blocks of this size
@@ -45,16 +49,14 @@ class Outgoing:
                 self.refs[id(expr.file)] = expr.file
             else:
                 self._computed[key] = expr
-        self._near = _check_live(leaves, live)
+        far = _check_live(leaves, live)
         self.refs.update((id(ref), ref) for ref in check_plan(self._computed, live))
+        self._drains = _drains(far) if far else None
+        self.kind: Outbound = "computed" if self._computed else "far" if far else "near"
 
     def computed(self) -> Any:
         """The tensors that are neither stored nor live as they are wanted, in the order of the entries."""
         return stream(self._computed, live=self._live, formats=self._formats, digest=self._digest)
-
-    def independent(self) -> bool:
-        """Whether any part of it can be had beside any other: nothing is computed, and nothing lies on a device."""
-        return self._near and not self._computed
 
     def buffers(
         self,
@@ -71,9 +73,10 @@ class Outgoing:
                 yield from _joined((next(values)[1], spec_of(expr)) for _, expr in run)
             else:
                 leaves = ((self._live[expr.key], expr.spec) for _, expr in run)
-                parts = [(True, leaves)] if self._near else groupby(leaves, key=lambda leaf: leaf[0].is_cpu)
+                drains = self._drains
+                parts = [(True, leaves)] if drains is None else groupby(leaves, key=lambda leaf: leaf[0].is_cpu)
                 for near, some in parts:
-                    yield from _joined(some) if near else _drained(tensor for tensor, _ in some)
+                    yield from _joined(some) if near or drains is None else drains.bytes_of(t for t, _ in some)
 
 
 def _stored(reads: Iterable[Read], files: Mapping[FileRef, Source]) -> Iterator[list[memoryview]]:
@@ -94,9 +97,9 @@ def _stored(reads: Iterable[Read], files: Mapping[FileRef, Source]) -> Iterator[
         yield [buffer[:filled]]
 
 
-def _check_live(leaves: Iterable[Live], live: LiveTensors) -> bool:
-    """What `check_plan` checks, with one look at each tensor that is as planned; whether all lie on the CPU."""
-    near = True
+def _check_live(leaves: Iterable[Live], live: LiveTensors) -> set[torch.device]:
+    """What `check_plan` checks, with one look at each tensor that is as planned; the devices but the CPU."""
+    far: set[torch.device] = set()
     for leaf in leaves:  # there may be 100,000
         tensor, spec = live.get(leaf.key), leaf.spec
         if (
@@ -108,11 +111,12 @@ def _check_live(leaves: Iterable[Live], live: LiveTensors) -> bool:
             if tensor.is_cpu:
                 continue
             if not tensor.is_meta:
-                near = False
+                far.add(tensor.device)
                 continue
         check_plan({leaf.key: leaf}, live)
-        near = near and live[leaf.key].is_cpu
-    return near
+        if not live[leaf.key].is_cpu:
+            far.add(live[leaf.key].device)
+    return far
 
 
 def _ranges(reads: Iterable[Read]) -> Iterator[tuple[FileRef, int, int]]:
@@ -126,6 +130,12 @@ def _ranges(reads: Iterable[Read]) -> Iterator[tuple[FileRef, int, int]]:
         stop += read.spec.nbytes
     if ref is not None:
         yield ref, start, stop
+
+
+def _drains(far: Iterable[torch.device]) -> "Drains":
+    from funcmodel.run.drain import Drains
+
+    return Drains(far)
 
 
 def _joined(tensors: Iterable[tuple[torch.Tensor, TensorSpec]]) -> Iterator[list[memoryview]]:
@@ -163,12 +173,6 @@ def _together(tensors: list[torch.Tensor], even: bool, room: torch.Tensor) -> me
     else:
         torch.cat([tensor.reshape(-1) for tensor in tensors], out=flat)
     return byte_view(flat)
-
-
-def _drained(tensors: Iterable[torch.Tensor]) -> Iterator[list[memoryview]]:
-    from funcmodel.run.drain import drained
-
-    yield from drained(tensors)
 
 
 def _pieces(tensor: torch.Tensor, room: torch.Tensor) -> Iterator[list[memoryview]]:

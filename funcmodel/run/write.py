@@ -17,7 +17,7 @@ from funcmodel.core.limits import check_choice
 from funcmodel.core.shapes import spec_of
 from funcmodel.core.wire import BLANK, fingerprint, with_digests
 from funcmodel.errors import PlanError, UnsafePathError
-from funcmodel.plan.sharding import SUFFIX, variant_of
+from funcmodel.plan.sharding import SUFFIX, variant_of, writers
 from funcmodel.records.actions import Publish, WriteIndex, WriteShard, WriteText
 from funcmodel.records.checkpoint import CheckpointSpec, FileSpec, IndexSpec, StoredTensor
 from funcmodel.records.mapping import FrozenMap
@@ -39,7 +39,6 @@ Path: TypeAlias = str | os.PathLike[str]
 _LONGEST: Final = 255  # bytes of a file name, on nearly every system
 _MARKED: Final = re.compile(r"-[0-9a-f]{8}-[0-9]+-of-[0-9]+\.safetensors$")
 _MARK: Final = len("-00000000")  # of shards whose plain names are taken: every second save needs it
-_APART: Final = 64 << 20  # shards of fewer bytes together are written one after the other
 
 
 def write(
@@ -56,9 +55,9 @@ def write(
     """Write a checkpoint. Readers see the old one or the new one; the old one after an error before the commit.
 
     Everything is staged beside its final name; one rename commits; what the plan replaces is removed only then. Peak
-    memory is the headers, one tensor that must be computed, and at most 16 MiB of buffers for each shard that is being
-    written; how many are at once, the number of cores says. Saving onto the files that
-    are being read, or that live tensors are mapped from, is safe: the new files are other files.
+    memory is the headers, one tensor that must be computed, and at most 16 MiB of buffers, out of a GPU pinned ones,
+    for each shard that is being written; how many are at once, their size and the number of cores say. Saving onto the
+    files that are being read, or that live tensors are mapped from, is safe: the new files are other files.
 
     Args:
         plan: what to write.
@@ -207,12 +206,13 @@ def _folder(path: str, publish: Publish) -> str:
 
 
 def _writers(shards: Sequence[_Shard], sources: Outgoing) -> int:
-    """How many shards are written at once. Two threads on one file gain nothing: it has one lock."""
-    if len(shards) < 2 or sum(shard.nbytes for shard in shards) < _APART or not sources.independent():
+    """How many shards are written at once here."""
+    most = writers([shard.nbytes for shard in shards], sources.kind)
+    if most == 1:
         return 1
     from funcmodel.run.machine import threads
 
-    return min(len(shards), threads())
+    return min(most, threads())
 
 
 def _each(
