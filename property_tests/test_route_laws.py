@@ -21,7 +21,8 @@ from funcmodel.records.mapping import FrozenMap
 from funcmodel.records.plans import StateDictPlan
 from funcmodel.records.routes import ROUTES, Machine, Memory, Routing, Storage
 from funcmodel.records.tensors import TensorSpec
-from funcmodel.run.evaluate import fill, materialize
+from funcmodel.run.evaluate import fill, fill_routed, materialize, materialize_routed
+from funcmodel.run.formats import FORMATS
 from property_tests.test_evaluate import pairs, same
 
 folder = evaluation.folder  # the fixture
@@ -48,6 +49,24 @@ def test_every_route_gives_the_same_bits(folder, data):
         assert list(found) == list(plan)
         for i, (_, expected) in enumerate(drawn):
             same(found[f"k{i}"], expected)
+
+
+@few
+@given(data=st.data())
+def test_past_the_page_cache_every_route_gives_the_same_bits(folder, data):
+    """materialize(p, route=r) ~ torch where every file is read past the cache, by whole blocks, however few at once."""
+    drawn = data.draw(st.lists(pairs(*folder), max_size=4))
+    plan = {f"k{i}": expr for i, (expr, _) in enumerate(drawn)}
+    paths = tuple({leaf.file.path for leaf in folder.plan.values()})
+    for route in (None, "read", "slab", "transform", "stage"):
+        past = evolve(routing(plan, route=route), direct=paths, span=data.draw(st.sampled_from([BLOCK, 3 * BLOCK])))
+        found = materialize_routed(plan, past, torch.device("cpu"), None, FORMATS, "ignore")
+        into = {f"k{i}": laid_out(t, data.draw(st.integers(0, 3))) for i, (_, t) in enumerate(drawn)}
+        again = evolve(past, routes=routing(plan, route=route, into="existing").routes, into="existing")
+        fill_routed(plan, again, {key: inside for key, (_, inside) in into.items()}, None, FORMATS, "ignore")
+        for i, (_, expected) in enumerate(drawn):
+            same(found[f"k{i}"], expected)
+            same(into[f"k{i}"][1], expected)
 
 
 @few
