@@ -17,8 +17,33 @@ from funcmodel.records.expressions import Call
 
 MIB = 1 << 20
 SLACK = 6 * MIB  # of the allocator and of threads
-MEASURED = """
-import json, sys, threading
+WATCHED = """
+import threading
+from contextlib import contextmanager
+
+def anonymous():
+    with open("/proc/self/status") as file:
+        return next(int(row.split()[1]) << 10 for row in file if row.startswith("RssAnon:"))
+
+@contextmanager
+def watched(extra):
+    before, over = anonymous(), threading.Event()
+
+    def watch():
+        while not over.wait(0.0005):
+            extra.append(anonymous() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    yield
+    over.set()
+    watcher.join()
+    extra.append(anonymous() - before)  # what is held
+"""
+MEASURED = (
+    WATCHED
+    + """
+import json, sys
 import torch
 import funcmodel as fm
 import funcmodel.run.buffers, funcmodel.run.direct, funcmodel.run.machine, funcmodel.run.mapped, funcmodel.run.ring
@@ -31,35 +56,22 @@ where = fm.machine({read.file for read in fm.scan(folder).values()}, smallest=0)
 routes = fm.routing(plan, where, memory=memory, route=route)
 said = fm.cost(plan, routes=routes)
 
-def anonymous():
-    with open("/proc/self/status") as file:
-        return next(int(row.split()[1]) << 10 for row in file if row.startswith("RssAnon:"))
-
 def read():
     with open("/proc/self/io") as file:
         return int(next(row for row in file if row.startswith("rchar")).split()[1])
 
 fm.materialize({}, memory=memory)
 torch.zeros(1 << 16).to(torch.bfloat16)  # torch's own threads, before memory is counted
-highest, over = 0, threading.Event()
-
-def watch():
-    global highest
-    while not over.wait(0.0005):
-        highest = max(highest, anonymous())
-
-before, start = anonymous(), read()
-watcher = threading.Thread(target=watch)
-watcher.start()
-found = fm.materialize(plan, memory=memory, route=route)
-over.set()
-watcher.join()
+extra, start = [], read()
+with watched(extra):
+    found = fm.materialize(plan, memory=memory, route=route)
 print(json.dumps({
-    "held": anonymous() - before, "peak": max(highest, anonymous()) - before, "read": read() - start,
+    "held": extra[-1], "peak": max(extra), "read": read() - start,
     "said": {"held": sum(said.held.values()), "peak": sum(said.peak.values()), "read": sum(said.read.values()),
              "buffers": said.buffers, "borrowed": said.borrowed},
 }))
 """
+)
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +106,10 @@ def test_a_load_takes_what_its_cost_says(folder, what, memory, route):
         assert said["read"] <= found["read"] <= said["read"] + MIB
 
 
-SAVED = """
-import json, os, sys, threading
+SAVED = (
+    WATCHED
+    + """
+import json, os, sys
 import torch
 import funcmodel as fm
 from funcmodel.core import build
@@ -118,29 +132,16 @@ if what.startswith("live"):
 saved = fm.plan_save(fm.StateDictPlan(plan), max_shard_size=int(shard) or None)
 said = fm.cost(saved)
 
-def anonymous():
-    with open("/proc/self/status") as file:
-        return next(int(row.split()[1]) << 10 for row in file if row.startswith("RssAnon:"))
-
 torch.zeros(1 << 16).to(torch.bfloat16)  # torch's own threads, before memory is counted
 with open(folder + "/model.safetensors", "rb") as file:
     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that it is read past the cache, where that is
-highest, over = 0, threading.Event()
-
-def watch():
-    global highest
-    while not over.wait(0.0005):
-        highest = max(highest, anonymous())
-
-before = anonymous()
-watcher = threading.Thread(target=watch)
-watcher.start()
-fm.write(saved, out, live=live)
-over.set()
-watcher.join()
-print(json.dumps({"extra": max(highest, anonymous()) - before, "peak": sum(said.peak.values()),
-                  "buffers": said.buffers, "files": len(said.written)}))
+extra = []
+with watched(extra):
+    fm.write(saved, out, live=live)
+print(json.dumps({"extra": max(extra), "peak": sum(said.peak.values()), "buffers": said.buffers,
+                  "files": len(said.written)}))
 """
+)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
@@ -281,8 +282,10 @@ def test_slices_of_a_cold_file_are_not_read_by_blocks(folder):
         assert row["read"] <= 1.1 * row["said"] + MIB
 
 
-MANY = """
-import json, sys, threading
+MANY = (
+    WATCHED
+    + """
+import json, sys
 import torch
 import funcmodel as fm
 import funcmodel.run.direct
@@ -296,26 +299,13 @@ storage = {read.file.path: fm.Storage(kind="ext4", cached=0.0, direct=True) for 
 routes = fm.routing(plan, fm.Machine(threads=2, storage=storage), into="existing")
 into = {key: torch.zeros(read.spec.shape) for key, read in plan.items()}
 said = fm.cost(fm.StateDictPlan(plan), routes=routes)
-highest, over = 0, threading.Event()
-
-def anonymous():
-    with open("/proc/self/status") as file:
-        return next(int(row.split()[1]) << 10 for row in file if row.startswith("RssAnon:"))
-
-def watch():
-    global highest
-    while not over.wait(0.0005):
-        highest = max(highest, anonymous())
-
-before = anonymous()
-watcher = threading.Thread(target=watch)
-watcher.start()
-fill_routed(plan, routes, into, None, FORMATS, "ignore")
-over.set()
-watcher.join()
+extra = []
+with watched(extra):
+    fill_routed(plan, routes, into, None, FORMATS, "ignore")
 right = all(torch.equal(tensor, torch.full_like(tensor, float(key[1:]))) for key, tensor in into.items())
-print(json.dumps({"direct": len(routes.direct), "extra": highest - before, "said": said.buffers, "right": right}))
+print(json.dumps({"direct": len(routes.direct), "extra": max(extra), "said": said.buffers, "right": right}))
 """
+)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
