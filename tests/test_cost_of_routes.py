@@ -35,9 +35,11 @@ def watched(extra):
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    yield
-    over.set()
-    watcher.join()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
     extra.append(anonymous() - before)  # what is held
 """
 MEASURED = (
