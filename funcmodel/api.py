@@ -314,11 +314,16 @@ def _state_dict_plan(
     entries: dict[str, Expr] = {}
     first: dict[object, str] = {}
     for key, value in source.items():
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor) and isinstance(key, str):
             tensors[key] = value
             entries[key] = Live(first.setdefault(_elements(key, value), key), tensor_spec(value))
-        else:
+        elif isinstance(value, Expr) and isinstance(key, str):
             entries[key] = value
+        else:
+            raise PlanError(
+                f"a state dict holds tensors or expressions by name, found {type(value).__name__} under {key!r:.80}; "
+                "pass the state dict that lies inside, and leave out what is no tensor"
+            )
     return StateDictPlan(entries), {**(live or {}), **tensors}
 
 

@@ -1,6 +1,7 @@
 """`load`, `save`, `apply`: what each accepts, and what it leaves alone."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -112,6 +113,28 @@ def test_a_config_is_written_beside_the_weights(tmp_path: Path) -> None:
 def test_what_is_no_plan_is_a_type_error(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         fm.apply(fm.StateDictPlan({}), tmp_path)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"model": {"weight": torch.ones(2)}, "step": 3},
+        {"weight": [1.0, 2.0]},
+        {"weight": None},
+        {3: torch.ones(2)},
+        {None: torch.ones(2)},
+    ],
+    ids=repr,
+)
+def test_what_holds_no_tensors_under_text_is_no_state_dict(tmp_path: Path, wrong: Any) -> None:
+    net = nn.Linear(2, 2)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    with pytest.raises(fm.PlanError):
+        fm.load(net, wrong)
+    with pytest.raises(fm.PlanError):
+        fm.save(wrong, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
 
 
 @pytest.mark.parametrize("option", ["durability", "symlinks", "digests", "digest", "aliases", "extra_state"])
