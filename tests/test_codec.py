@@ -29,12 +29,32 @@ from funcmodel.records.expressions import (
 )
 from funcmodel.records.mapping import FrozenMap
 from funcmodel.records.module import ModuleSpec, ParamSpec
-from funcmodel.records.plans import StateDictPlan
+from funcmodel.records.plans import LoadPlan, StateDictPlan
 from funcmodel.records.reports import LoadPolicy
+from funcmodel.records.routes import Routing
 from funcmodel.records.tensors import TensorSpec
 
 FILE = FileRef("ckpt/model.safetensors", "safetensors", 8192, "ab" * 16)
 W = TensorSpec([4, 2], "bfloat16")
+
+
+def test_a_plan_that_was_written_when_routings_had_fewer_fields_is_still_read() -> None:
+    """Fields are written by position and trailing defaults left out, so a new field can only be the last."""
+    routing = '{"Routing": [{"map": [["w", "read"]]}, ["mapped"], ["direct"], 4, 3, 4096, true]}'
+    plan = f'{{"LoadPlan": [[], {{"LoadReport": []}}, "", "", {{"map": []}}, {routing}]}}'
+    text = f'{{"funcmodel": 1, "shared": [], "value": {plan}}}'
+    expected = Routing(
+        routes=FrozenMap({"w": "read"}),
+        mapped=("mapped",),
+        direct=("direct",),
+        threads=4,
+        buffers=3,
+        buffer=4096,
+        pinned=True,
+    )
+    found = from_json(text)
+    assert isinstance(found, LoadPlan)
+    assert found.routing == expected
 
 
 def test_a_plan_reads_like_this() -> None:

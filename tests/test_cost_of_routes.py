@@ -150,7 +150,19 @@ print(json.dumps({"extra": max(extra), "peak": sum(said.peak.values()), "buffers
 @pytest.mark.parametrize(
     ("what", "shard"),
     [
-        *((what, 0) for what in ("stored", "cast", "turned", "live", "live, strided", "live, conjugate", "live, cast")),
+        *(
+            (what, 0)
+            for what in (
+                "stored",
+                "cast",
+                "turned",
+                "live",
+                "live, strided",
+                "live, conjugate",
+                "live, cast",
+                "live, called",
+            )
+        ),
         *((what, 16 * MIB) for what in ("stored", "cast", "live, strided")),
     ],
 )

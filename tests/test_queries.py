@@ -1,6 +1,7 @@
 """Bytes, parameters, costs and origins of plans."""
 
 import pytest
+from attrs import evolve
 
 from funcmodel.core import build
 from funcmodel.errors import PlanError
@@ -14,6 +15,7 @@ from funcmodel.records.expressions import Call, Expr, FileRef, Full, Live, Noise
 from funcmodel.records.module import ModuleSpec, ParamSpec, SubmoduleSpec, TiedGroup, ViewSpec
 from funcmodel.records.plans import LoadPlan, SavePlan, StateDictPlan
 from funcmodel.records.reports import Cost, Origin
+from funcmodel.records.routes import Routing
 from funcmodel.records.tensors import TensorSpec
 
 A, B = (FileRef(f"ckpt/{name}.safetensors", "safetensors", 1 << 20, "") for name in "ab")
@@ -123,6 +125,26 @@ def test_a_save_states_what_it_writes_to_the_byte() -> None:
     assert [found.written[file] for file in shards] == [4096 + 256] * 2
     assert found.cached == sum(found.read.values()) + sum(found.written.values())
     assert cost(SavePlan()) == Cost()
+
+
+def test_arguments_of_a_call_wait_for_one_another() -> None:
+    x = Live("x", W)
+    inner = Call("torch:add", (x, x), W)
+    assert cost(StateDictPlan({"a": inner})).peak == {CPU: (1 + 3) * W.nbytes}
+    outer = Call("torch:add", (x, inner), W)
+    assert cost(StateDictPlan({"a": outer})).peak == {CPU: (1 + 2 + 3) * W.nbytes}
+    assert cost(StateDictPlan({"a": Call("torch:add", (inner, x), W)})).peak == {CPU: (1 + 1 + 3) * W.nbytes}
+
+
+def test_what_is_read_past_the_cache_has_its_span_whoever_made_the_routes() -> None:
+    plan = StateDictPlan({"a": stored("a")})
+    routes = Routing(routes={"a": "read"}, direct=(A.path,), threads=3)
+    assert cost(plan, routes=routes).buffers == 3 * (8 << 20)
+    assert cost(plan, routes=evolve(routes, span=4096)).buffers == 3 * 4096
+    assert cost(plan, routes=evolve(routes, direct=())).buffers == 0
+    for wrong in ({"span": -1}, {"threads": 0}, {"buffers": -1}, {"buffer": -1}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            evolve(routes, **wrong)
 
 
 def test_a_save_from_a_gpu_states_what_it_pins() -> None:

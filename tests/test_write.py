@@ -155,6 +155,16 @@ def test_strides_views_and_lazy_signs_are_written_as_torch_shows_them(tmp_path: 
     assert same(read(tmp_path), {key: tensor.detach() for key, tensor in tensors.items()})
 
 
+@pytest.mark.parametrize("rows", [1, 100, 5000])
+def test_a_bool_of_any_byte_keeps_it_whatever_its_strides(rows: int, tmp_path: Path) -> None:
+    raw = torch.arange(rows * 40).to(torch.uint8).view(rows, 40)
+    tensors = {"a": raw.view(torch.bool), "b": raw.view(torch.bool).T, "c": raw.view(torch.bool)[:, ::2]}
+    save(tensors, tmp_path)
+    data = (tmp_path / "model.safetensors").read_bytes()
+    expected = b"".join(part.contiguous().numpy().tobytes() for part in (raw, raw.T, raw[:, ::2]))
+    assert data.endswith(expected)
+
+
 def test_packed_four_bit_floats_keep_their_bytes(tmp_path: Path) -> None:
     bits = torch.arange(8, dtype=torch.uint8)
     written = save({"w": bits.view(torch.float4_e2m1fn_x2)}, tmp_path)

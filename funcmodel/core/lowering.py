@@ -108,11 +108,25 @@ def nodes(expr: Expr) -> Iterator[Expr]:
     while pending:
         node = pending.pop()
         yield node
-        match node:
-            case Index(of) | Permute(of) | Take(of) | Reshape(of) | Cast(of):
-                pending.append(of)
-            case Concat(parts) | Stack(parts) | Call(_, parts):
-                pending.extend(reversed(parts))
+        pending.extend(reversed(below(node)))
+
+
+def below(expr: Expr) -> tuple[Expr, ...]:
+    """What an expression is made of, left to right; nothing for a leaf.
+
+    Example:
+        >>> from funcmodel.core.build import live, stack
+        >>> from funcmodel.records.tensors import TensorSpec
+        >>> [leaf.key for leaf in below(stack([live(key, TensorSpec([2], "float32")) for key in "ab"]))]
+        ['a', 'b']
+    """
+    match expr:
+        case Index(of) | Permute(of) | Take(of) | Reshape(of) | Cast(of):
+            return (of,)
+        case Concat(parts) | Stack(parts) | Call(_, parts):
+            return parts
+        case _:
+            return ()
 
 
 def leaves(expr: Expr) -> Iterator[Leaf]:

@@ -9,11 +9,11 @@ from typing import Final, Literal, TypeAlias, assert_never
 from attrs import evolve
 
 from funcmodel.core.index import render_index
-from funcmodel.core.lowering import has_call, leaves, nodes, reads
+from funcmodel.core.lowering import below, has_call, leaves, nodes, reads
 from funcmodel.core.shapes import nbytes_of, spec_of
 from funcmodel.core.wire import BLANK, render_header, with_digests
 from funcmodel.errors import PlanError
-from funcmodel.plan.routing import BUFFERS, GAP, PINNED, SMALL
+from funcmodel.plan.routing import BUFFERS, GAP, PINNED, SMALL, span_of
 from funcmodel.plan.sharding import writers
 from funcmodel.records.actions import (
     Assign,
@@ -110,11 +110,12 @@ def cost(plan: StateDictPlan | LoadPlan | SavePlan, *, on: object = "cpu", route
     tensor that is neither stored nor live as it is wanted. Where the routes say that tensors are overwritten
     (`routed(plan, commit="in_place")`), nothing is replaced, but all that a `Call` makes is there before the first byte
     is written. Buffers come on top: those that the routes name, or where there are no routes yet at most 64 MiB, and on
-    the way to a GPU 128 MiB.
+    the way to a GPU 128 MiB, of as many threads as `machine` says.
 
     A save has 16 MiB of buffers for each of the files that are written at once, of which there are up to 8, but only
     one where anything is computed; and 64 MiB are added where stored tensors are changed. Out of a GPU tensors pass
-    through two pinned buffers of at most 8 MiB for each such file, and it makes pieces as large contiguous.
+    through two pinned buffers of at most 8 MiB for each such file, and it makes pieces as large contiguous. Headers
+    come on top while they are made: of 100,000 tensors they take about 30 MiB, with digests 160.
 
     Args:
         plan: the plan.
@@ -202,19 +203,25 @@ def _between(shared: Iterable[Read]) -> dict[str, int]:
 
 
 def _aside(expr: Expr) -> int:
-    """The largest number of bytes that one part of `expr` needs beside the destination."""
+    """The largest number of bytes that `expr` needs beside the destination at once."""
     if type(expr) is Read or type(expr) is Live:
         return 0
-    largest = 0
-    for node in nodes(expr):
+    found: dict[int, int] = {}
+    for node in reversed([*nodes(expr)]):  # what it is made of comes first
+        largest = max((found[id(inner)] for inner in below(node)), default=0)
         match node:
-            case Call(_, args, spec):
-                largest = max(largest, spec.nbytes + sum(spec_of(arg).nbytes for arg in args))
+            case Call(_, args, spec):  # arguments wait for those that come after them
+                held = 0
+                for arg in args:
+                    held += spec_of(arg).nbytes
+                    largest = max(largest, held + found[id(arg)])
+                largest = max(largest, held + spec.nbytes)
             case Noise(spec):
-                largest = max(largest, spec.numel * 4)
+                largest = spec.numel * 4
             case Reshape(of):
-                largest = max(largest, spec_of(of).nbytes)
-    return largest
+                largest += spec_of(of).nbytes
+        found[id(node)] = largest
+    return found[id(expr)]
 
 
 def _with_routes(found: Cost, routes: Routing | None, borrowed: int, changed: Collection[Device]) -> Cost:
@@ -234,7 +241,7 @@ def _with_routes(found: Cost, routes: Routing | None, borrowed: int, changed: Co
     scratch = {where: 2 * readers * routes.buffer for where in changed if where.type != "cpu"}
     peak = {where: found.peak.get(where, 0) + scratch.get(where, 0) for where in (*found.peak, *scratch)}
     buffers, pinned = (0, size) if routes.pinned else (size, 0)
-    buffers += routes.threads * routes.span
+    buffers += routes.threads * span_of(routes)
     cached = sum(size for path, size in found.read.items() if path not in routes.direct)
     return evolve(found, peak=FrozenMap(peak), borrowed=borrowed, buffers=buffers, pinned=pinned, cached=cached)
 

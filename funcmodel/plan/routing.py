@@ -257,9 +257,19 @@ def _with_buffers(
         buffers=buffers,
         buffer=size if buffers else 0,
         pinned=pinned,
-        span=min(SPAN, left // BLOCK * BLOCK) if direct else 0,
+        span=min(SPAN, max(left // BLOCK, 1) * BLOCK) if direct else 0,
         into=into,
     )
+
+
+def span_of(routes: Routing) -> int:
+    """Bytes that each thread has for itself to read past the page cache, where anything is read past it.
+
+    Example:
+        >>> span_of(Routing(direct=("m.safetensors",))), span_of(Routing(direct=("m.safetensors",), span=4096))
+        (8388608, 4096)
+    """
+    return (routes.span or SPAN) if routes.direct else 0
 
 
 def staging(nbytes: int, threads: int) -> tuple[int, bool]:

@@ -2,7 +2,8 @@
 
 from typing import Final, Literal, TypeAlias, get_args
 
-from attrs import frozen
+from attrs import field, frozen
+from attrs.validators import ge
 
 from funcmodel.records.mapping import FrozenMap
 
@@ -64,24 +65,24 @@ class Routing:
     Attributes:
         routes: key to route.
         mapped: paths of files whose bytes a "transform" takes out of a mapping, without a copy in between.
-        sliced: paths of files of which slices of many small runs are taken out of a mapping: a call for each would
-            take longer than their bytes.
-        direct: paths of files that are read past the page cache, but for such slices.
+        direct: paths of files that are read past the page cache, but for slices of those that are `sliced`.
         threads: how many read at once.
         buffers: how many buffers of `buffer` bytes there are for what cannot be read in place, or is staged.
         buffer: bytes of each.
         pinned: whether the buffers of "stage" are pinned, so that a GPU copies out of one while the next is filled.
-        span: bytes that each thread has for itself to read past the page cache.
+        sliced: paths of files of which slices of many small runs are taken out of a mapping: a call for each would
+            take longer than their bytes.
         into: "fresh" memory, or "existing" tensors that are overwritten.
+        span: bytes that each thread has for itself to read past the page cache; 0 leaves it to the engine.
     """
 
     routes: FrozenMap[str, Route] = FrozenMap()
     mapped: tuple[str, ...] = ()
-    sliced: tuple[str, ...] = ()
     direct: tuple[str, ...] = ()
-    threads: int = 1
-    buffers: int = 0
-    buffer: int = 0
+    threads: int = field(default=1, validator=ge(1))
+    buffers: int = field(default=0, validator=ge(0))
+    buffer: int = field(default=0, validator=ge(0))
     pinned: bool = False
-    span: int = 0
+    sliced: tuple[str, ...] = ()
     into: Into = "fresh"
+    span: int = field(default=0, validator=ge(0))

@@ -110,7 +110,7 @@ class DirectFile:
             try:
                 # With room for the rest of the first and the last block, or a few bytes would be a read of their own.
                 pages = mmap.mmap(-1, self.span + 2 * BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            except OSError:
+            except (OSError, OverflowError):
                 return None  # of memory
             found = self.own.span = memoryview(pages)
         return found

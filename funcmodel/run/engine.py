@@ -10,7 +10,7 @@ from typing import Final, Protocol, TypeAlias
 import torch
 from attrs import frozen
 
-from funcmodel.plan.routing import SLAB, SPAN
+from funcmodel.plan.routing import SLAB, span_of
 from funcmodel.records.expressions import Expr, FileRef, Read
 from funcmodel.records.routes import Route, Routing
 from funcmodel.run.crew import Crew
@@ -108,7 +108,7 @@ def opened(
             own = threading.local()
             for ref, file in files.items():
                 if ref.path in routes.direct and sources[ref] is file:
-                    sources[ref] = stack.enter_context(DirectFile(file, routes.span or SPAN, own))
+                    sources[ref] = stack.enter_context(DirectFile(file, span_of(routes), own))
         yield sources
         for file in files.values():
             file.verify_unchanged()

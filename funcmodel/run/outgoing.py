@@ -166,6 +166,8 @@ def _joined(tensors: Iterable[tuple[torch.Tensor, TensorSpec]]) -> Iterator[list
 
 def _together(tensors: list[torch.Tensor], even: bool, room: torch.Tensor) -> memoryview:
     """The bytes of tensors of one dtype, one after the other; those of one shape need not be flattened first."""
+    if tensors[0].dtype is torch.bool:  # torch would make a 1 of a 2
+        tensors = [tensor.view(torch.uint8) for tensor in tensors]
     flat = room.view(tensors[0].dtype)
     if even:
         rows, *row = tensors[0].shape

@@ -9,7 +9,7 @@ import attrs
 from hypothesis import strategies as st
 
 from funcmodel.plan.codec import CLASSES
-from funcmodel.records import config, expressions, mesh, reports
+from funcmodel.records import config, expressions, mesh, reports, routes
 from funcmodel.records.devices import CPU, Budget, Device
 from funcmodel.records.dtypes import DTYPES, FLOAT32, DType
 from funcmodel.records.expressions import Expr, FileRef
@@ -110,6 +110,8 @@ def records_of(cls: type) -> st.SearchStrategy[Any]:
     fields = {
         field.name: st.deferred(lambda kind=field.type: values_of(kind)) for field in attrs.fields(cls) if field.init
     }
+    if cls is routes.Routing:
+        fields |= dict.fromkeys(("threads", "buffers", "buffer", "span"), ints.filter(lambda n: n > 0))
     return st.builds(cls, **fields)
 
 
