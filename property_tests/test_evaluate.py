@@ -304,6 +304,56 @@ def test_law_49_bytes_read_of_some_of_a_files_tensors_are_those_of_the_cost(part
         assert found == said
 
 
+CHANGES: Final[dict[str, Callable[[Expr, Expr], Expr]]] = {
+    "as it is": lambda a, b: a,
+    "cast": lambda a, b: build.cast(a, "float16"),
+    "widened": lambda a, b: build.cast(a, "float64"),
+    "turned": lambda a, b: build.transpose(a),
+    "cut": lambda a, b: build.narrow(a, 1, 1, 4),
+    "picked": lambda a, b: build.take(a, [3, 0, 3], 0),
+    "joined": lambda a, b: build.concat([a, build.cast(b, "float32")]),
+    "flat": lambda a, b: build.reshape(build.transpose(a), [-1]),
+    "flat, cast": lambda a, b: build.cast(build.reshape(build.transpose(a), [-1]), "float16"),
+    "cut of flat": lambda a, b: build.narrow(build.reshape(build.transpose(a), [-1]), 0, 5, 99),
+    "negative": lambda a, b: Call("torch:neg", (a,), TensorSpec([40, 70], "float32")),
+}
+
+
+@given(st.lists(st.tuples(st.sampled_from(sorted(CHANGES)), st.integers(1, 3)), unique_by=lambda one: one[0]))
+def test_law_49_what_is_changed_for_several_keys_is_read_once_and_the_cost_knows(parts):
+    with tempfile.TemporaryDirectory() as path:
+        tensors = {f"{name} {x}": torch.randn(40, 70) for name, _ in parts for x in "ab"}
+        save_file(tensors, f"{path}/m.safetensors")
+        plan = scan(path)
+        exprs = {name: CHANGES[name](plan[f"{name} a"], plan[f"{name} b"]) for name, _ in parts}
+        chosen = StateDictPlan({f"{name}.{i}": exprs[name] for name, n in parts for i in range(n)})
+        routes = routing(chosen, route="stage")
+        cpu = torch.device("cpu")
+        once = StateDictPlan(exprs)
+
+        def loaded(wanted: StateDictPlan) -> int:
+            def load() -> None:
+                found = materialize_routed(wanted, routing(wanted, route="stage"), cpu, None, FORMATS, "ignore")
+                assert all(torch.equal(found[key], found[f"{key.partition('.')[0]}.0"]) for key in found if "." in key)
+
+            load()  # which imports what it needs
+            return counted(load)
+
+        aside = {
+            f"{name}.{i}": exprs[name] for name, n in parts if name in ("cut of flat", "negative") for i in range(1, n)
+        }
+        more = sum(4 * prod(stop - start for start, stop in box) for e in aside.values() for _, box in reads(e))
+        assert loaded(chosen) == loaded(once) + more
+        header = counted(lambda: check_only(chosen))
+        assert loaded(chosen) - header == sum(cost(chosen, routes=routes).read.values())
+
+
+def check_only(plan: StateDictPlan) -> None:
+    files = [read.file for expr in plan.values() for read, _ in reads(expr)]
+    with opened(files, FORMATS):
+        pass
+
+
 @st.composite
 def boxes(draw: Any) -> tuple[tuple[int, ...], Any]:
     shape = tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=4)))

@@ -358,27 +358,27 @@ class Counting:
 def test_several_devices_are_filled_side_by_side_and_each_byte_is_read_once(count, nbytes, threads, pinned, plan):
     devices = [LazyDevice() for _ in range(count)]
     ring = Ring(threads=threads, buffers=2 * threads, nbytes=nbytes, pinned=pinned)
+    alone = LazyDevice()
+    with opened(plan) as files:
+        counted = {path: Counting(file) for path, file in files.items()}
+        ring.run({alone.lane: passing(plan, counted, nbytes)[0]})
+        needed = sum(source.nbytes for source in counted.values())
     for _ in range(2):
         with opened(plan) as files:
             counted = {path: Counting(file) for path, file in files.items()}
             work, found = {}, {}
             for i, device in enumerate(devices):
-                # Some tensors go to every device, some to one, some are changed on the way to one.
-                mine = {key: read for j, (key, read) in enumerate(plan.items()) if j % 7 == 0 or j % count == i}
-                items, found[i] = passing(mine, counted, nbytes)
-                keep = [one for one in items if type(one) is Span or i == 1]
-                found[i] = {key: t for key, t in found[i].items() if i == 1 or " " not in key}
-                work[device.lane] = keep
+                # Some tensors go to every device, some to one; as they are, and changed on the way.
+                mine = {key: read for j, (key, read) in enumerate(plan.items()) if j % 7 < 3 or j % count == i}
+                work[device.lane], found[i] = passing(mine, counted, nbytes)
                 device.lane.give(lambda made=found[i]: [t.zero_() for t in made.values()] and None)
             ring.run(work)
         for i, device in enumerate(devices):
             device.synchronize()
             for key, tensor in found[i].items():
                 same(tensor, expected(key).contiguous())
-        plain = sum(read.spec.nbytes for read in plan.values())
-        changed = sum(one.part.nbytes for one in work[devices[1].lane] if type(one) is not Span)
-        assert sum(source.nbytes for source in counted.values()) == plain + changed
-    assert sum(len(device.hosts) for device in devices) <= 2 * threads
+        assert sum(source.nbytes for source in counted.values()) == needed
+    assert sum(len(device.hosts) for device in (alone, *devices)) <= 2 * threads
     assert all(device.idle() for device in devices)
 
 
@@ -394,6 +394,53 @@ def test_what_goes_to_two_places_of_one_device_is_read_once(plan):
     assert file.nbytes == read.spec.nbytes
     for home in places.values():
         same(home.tensor, content()["large"])
+
+
+@pytest.mark.parametrize("casts", [("float16",), ("float64",), ("float64", "bfloat16")])
+@pytest.mark.parametrize("nbytes", [1 << 16, 8 << 20])
+def test_what_is_cast_for_several_devices_is_read_once(nbytes, casts, plan):
+    devices = [LazyDevice() for _ in range(3)]
+    read, kinds = plan["large"], tuple(map(dtype, casts))
+    shape = torch_shape(read.spec)
+    box = box_of(read.spec, tuple((0, n) for n in shape), [None] * len(shape))
+    with opened({"large": read}) as files:
+        file = Counting(files[read.file.path])
+        work, found = {}, []
+        for device in (*devices, devices[0]):
+            to = torch.empty(shape, dtype=torch_dtype(kinds[-1]))
+            found.append(to)
+            items = passages(file, read.offset, shape, torch.float32, box, to, kinds, most=nbytes)
+            work.setdefault(device.lane, []).extend(items)
+        Ring(threads=2, buffers=4, nbytes=nbytes, pinned=True).run(work)
+    for device in devices:
+        device.synchronize()
+    assert file.nbytes == read.spec.nbytes
+    values = content()["large"]
+    for kind in casts:
+        values = values.to(getattr(torch, kind))
+    for to in found:
+        same(to, values)
+
+
+def test_what_lies_side_by_side_takes_one_copy_to_each_device(tmp_path):
+    tensors = {f"t{i:04}": torch.full((i % 40 + 1,), float(i)) for i in range(2000)}
+    save_file(tensors, tmp_path / "m.safetensors")
+    made = dict(scan(tmp_path / "m.safetensors"))
+    devices = [LazyDevice(), LazyDevice()]
+    with opened(made) as files:
+        work, found = {}, []
+        for device in devices:
+            places = homes([(key, read.spec) for key, read in made.items()], CPU)
+            found.append(places)
+            work[device.lane] = [
+                Span(files[read.file.path], read.offset, read.spec.nbytes, places[key].flat, places[key].at, True)
+                for key, read in made.items()
+            ]
+        Ring(threads=4, buffers=8, nbytes=8 << 20, pinned=True).run(work)
+    for device, places in zip(devices, found, strict=True):
+        device.synchronize()
+        assert device.copies == 1
+        assert all(torch.equal(places[key].tensor, tensors[key]) for key in tensors)
 
 
 class Failing:

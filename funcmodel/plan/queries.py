@@ -29,12 +29,12 @@ from funcmodel.records.actions import (
     WriteText,
 )
 from funcmodel.records.devices import CPU, DISK, Device, device
-from funcmodel.records.expressions import Call, Expr, Live, Noise, Read, Reshape
+from funcmodel.records.expressions import Call, Cast, Expr, Live, Noise, Read, Reshape
 from funcmodel.records.mapping import FrozenMap
 from funcmodel.records.module import ModuleSpec, ParamSpec
 from funcmodel.records.plans import LoadPlan, SavePlan, StateDictPlan
 from funcmodel.records.reports import Cost
-from funcmodel.records.routes import Route, Routing
+from funcmodel.records.routes import Into, Route, Routing
 
 WRITTEN: Final = 16 << 20  # bytes of buffers for a file that is being written
 
@@ -139,7 +139,7 @@ def cost(plan: StateDictPlan | LoadPlan | SavePlan, *, on: object = "cpu", route
             aside = max(map(_aside, plan.values()), default=0)
             if routes is not None and routes.into == "existing":
                 aside += sum(nbytes_of(expr) for expr in plan.values() if has_call(expr))
-            found = _cost(ways, {home: nbytes(plan) - lent}, aside)
+            found = _cost(ways, {home: nbytes(plan) - lent}, aside, "fresh" if routes is None else routes.into)
             changed = {home} if any(type(expr) is not Read for expr in plan.values()) else set[Device]()
             return _with_routes(found, routes, lent, changed)
         case LoadPlan():
@@ -151,30 +151,37 @@ def cost(plan: StateDictPlan | LoadPlan | SavePlan, *, on: object = "cpu", route
 
 
 def _cost(
-    ways: Iterable[_Way], held: Mapping[Device, int], aside: int, more: Mapping[Device, int] | None = None
+    ways: Iterable[_Way], held: Mapping[Device, int], aside: int, into: Into, more: Mapping[Device, int] | None = None
 ) -> Cost:
     peak = dict(held)
     for where, size in (*(more or {}).items(), (CPU, aside)):
         if size:
             peak[where] = peak.get(where, 0) + size
     peak.pop(DISK, None)
-    read = _read(ways)
+    read = _read(ways, into)
     return Cost(read=FrozenMap(read), held=FrozenMap(held), peak=FrozenMap(peak), cached=sum(read.values()))
 
 
-def _read(ways: Iterable[_Way]) -> dict[str, int]:
+def _read(ways: Iterable[_Way], into: Into) -> dict[str, int]:
     """Bytes read per file: of an expression, on its way to a device, by a route where one was chosen."""
     total: dict[str, int] = {}
     shared: list[Read] = []
-    staged: set[tuple[str, int, int]] = set()
+    staged: set[object] = set()
     for expr, home, route in ways:
+        passes = route == "stage" or home.type != "cpu"  # and is read once, wherever it goes
         if type(expr) is not Read:
+            # Of tensors that exist nobody knows the strides, and what lies otherwise is read otherwise.
+            if passes and into == "fresh" and not _stands_between(expr):
+                made = (expr, home.type)
+                if made in staged:
+                    continue
+                staged.add(made)
             for leaf, box in reads(expr):
                 bits = prod(stop - start for start, stop in box) * leaf.spec.dtype.bits
                 total[leaf.file.path] = total.get(leaf.file.path, 0) + bits // 8
             continue
         path, size = expr.file.path, expr.spec.nbytes
-        if route == "stage" or home.type != "cpu":  # read once, wherever it goes
+        if passes:
             place = (path, expr.offset, size)
             size = 0 if place in staged else size
             staged.add(place)
@@ -184,6 +191,13 @@ def _read(ways: Iterable[_Way]) -> dict[str, int]:
     for path, size in _between(shared).items():
         total[path] += size
     return total
+
+
+def _stands_between(expr: Expr) -> bool:
+    """Whether files are read for something in it that is computed before it."""
+    while type(expr) is Reshape or type(expr) is Cast:  # which write where the whole is wanted
+        expr = expr.of
+    return any(type(node) is Call or type(node) is Reshape for node in nodes(expr))
 
 
 def _between(shared: Iterable[Read]) -> dict[str, int]:
@@ -265,9 +279,9 @@ def _load_cost(plan: LoadPlan) -> Cost:
             aside = max(aside, _aside(expr) + (nbytes_of(expr) if isinstance(action, Tie) else 0))
             early += nbytes_of(expr) if has_call(expr) else 0
     if plan.routing is not None and plan.routing.into == "existing":
-        found = _cost(ways, held, aside + early)
+        found = _cost(ways, held, aside + early, "existing")
     else:
-        found = _cost(ways, held, aside, plan.replaced)
+        found = _cost(ways, held, aside, "fresh", plan.replaced)
     return _with_routes(found, plan.routing, borrowed, changed)
 
 
@@ -313,7 +327,7 @@ def _save_cost(actions: Sequence[SaveAction], home: Device) -> Cost:
     at_once = writers(files, "computed" if made else "far" if far else "near") if files else 0
     peak = {home: at_once * 2 * min(PINNED, max(far, default=0))}
     peak[CPU] = max((nbytes_of(expr) + _aside(expr) for expr in made), default=0)
-    read = _read((expr, CPU, "read") for expr in exprs)
+    read = _read(((expr, CPU, "read") for expr in exprs), "existing")
     return Cost(
         read=FrozenMap(read),
         peak=FrozenMap({where: size for where, size in peak.items() if size}),

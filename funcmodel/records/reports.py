@@ -140,7 +140,8 @@ class Cost:
     Attributes:
         read: bytes read per file path. Up to 4 KiB between two small tensors that are read into shared memory are read
             with them, and are in it, but for files that are decoded. What goes to several places through the ring
-            ("stage") is read once. What is not in it: of a tensor of which many runs are wanted at most a tenth more is
+            ("stage") is read once, but for what a `Call` computes or a part of a `Reshape`, and counted once where all
+            tensors are fresh. What is not in it: of a tensor of which many runs are wanted at most a tenth more is
             read, of runs under 64 bytes what lies between them; past the page cache whole blocks are; tensors that
             exist, or come one by one, are read without what is between them; whoever checks digests reads all twice.
         held: bytes that stay allocated per device.

@@ -1,6 +1,6 @@
 """What passes through the ring: bytes as they stand, and boxes of stored tensors that are changed on the way."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Final, NamedTuple, TypeAlias
 
@@ -34,7 +34,7 @@ class Span:
         to: the flat bytes that they are part of.
         at: where, in `to`.
         padded: whether what lies between the last multiple of the alignment before it and itself is nobody's.
-        also: further places for the same bytes: the way there, flat bytes, and where in them.
+        also: the ways to further places for the same bytes, and what passes there.
     """
 
     source: Source
@@ -43,7 +43,12 @@ class Span:
     to: torch.Tensor
     at: int
     padded: bool = False
-    also: tuple[tuple[Lane, torch.Tensor, int], ...] = ()
+    also: "tuple[tuple[Lane, Passage], ...]" = ()
+
+    @property
+    def same(self) -> Hashable:
+        """Alike for passages that are one in a buffer."""
+        return id(self.source), self.first, self.nbytes
 
     @property
     def paged(self) -> bool:
@@ -70,12 +75,14 @@ class Change:
         room: bytes that it takes in a buffer.
         flat: where it goes, as bytes, if nothing is left to be done there; None: it goes to a scratch first.
         held: the mapping that it is taken out of; None where it is read.
+        also: as in `Span`.
     """
 
     part: Part
     here: tuple[DType, ...]
     there: tuple[DType, ...]
     held: Held | None = None
+    also: "tuple[tuple[Lane, Passage], ...]" = ()
     first: int = field(init=False)
     arrives: torch.dtype = field(init=False)
     nbytes: int = field(init=False)
@@ -97,6 +104,12 @@ class Change:
     def source(self) -> Source:
         """The open file."""
         return self.part.source
+
+    @property
+    def same(self) -> Hashable:
+        """Alike for passages that are one in a buffer, whatever a device makes of them there."""
+        part = self.part
+        return id(part.source), part.base, part.shape, part.kind, part.wide, self.here
 
     def pieces(self, where: memoryview) -> Iterable[Piece]:
         """The byte ranges that are to be read, and their places in a buffer; none where a mapping had the bytes."""
@@ -268,6 +281,14 @@ def trips(passing: Iterable[Passage], most: int, step: int) -> Iterator[list[Sto
         yield trip
 
 
+def follows(one: Passage, stop: Stop, last: Stop, step: int) -> bool:
+    """Whether one copy serves `last` and `one`, which lies in the buffer as `stop` does; `step` as in `trips`."""
+    if type(one) is not Span or type(last.one) is not Span or one.to is not last.one.to:
+        return False
+    gap = one.at + stop.done - (last.one.at + last.done + last.size)
+    return gap == stop.start - last.end and (not gap or (one.padded and not stop.done and 0 < gap < step))
+
+
 def _in_pages(one: Span, done: int, trip: list[Stop], top: int, gap: int) -> tuple[int, bool]:
     """Where a span starts whose pages a disk writes whole, and whether it joins the stop before."""
     offset = one.first + done
@@ -283,24 +304,21 @@ def _up(size: int, step: int) -> int:
 
 
 def once(passing: Mapping[Lane, Iterable[Passage]]) -> dict[Lane, list[Passage]]:
-    """The same passages, but bytes that go to several places as they are, on one device or several, are read once."""
+    """The same passages, but what goes to several places, on one device or several, is one of them, and read once."""
     work: dict[Lane, list[Passage]] = {}
-    first: dict[tuple[int, int, int], Span] = {}
-    also: dict[Passage, list[tuple[Lane, torch.Tensor, int]]] = {}
+    first: dict[Hashable, Passage] = {}
+    also: dict[Passage, list[tuple[Lane, Passage]]] = {}
     for lane, items in passing.items():
         kept = work[lane] = []
         for one in items:
-            if type(one) is Span:
-                found = first.setdefault((id(one.source), one.first, one.nbytes), one)
-                if found is not one:
-                    also.setdefault(found, []).append((lane, one.to, one.at))
-                    continue
-            kept.append(one)
+            found = first.setdefault(one.same, one)
+            if found is one:
+                kept.append(one)
+            else:
+                also.setdefault(found, []).append((lane, one))
     if also:
         for kept in work.values():
-            for i, one in enumerate(kept):
-                if type(one) is Span and one in also:
-                    kept[i] = evolve(one, also=tuple(also[one]))
+            kept[:] = [evolve(one, also=tuple(also[one])) if one in also else one for one in kept]
     return work
 
 

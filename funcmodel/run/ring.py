@@ -21,7 +21,7 @@ from funcmodel.run.direct import DirectFile
 from funcmodel.run.engine import Piece, jobs
 from funcmodel.run.lanes import Lane, Mark, Stream
 from funcmodel.run.memory import ALIGNED, PAGE
-from funcmodel.run.passages import Change, Passage, Span, Stop, in_file_order, once, trips
+from funcmodel.run.passages import Change, Passage, Span, Stop, follows, in_file_order, once, trips
 from funcmodel.run.slabs import alignment
 
 
@@ -98,6 +98,7 @@ class Ring:
         Whatever is raised, `KeyboardInterrupt` too, no thread still reads and no device still copies anything when this
         returns.
         """
+        passing = {lane: [*items] for lane, items in passing.items()}
         work = {lane: in_file_order(items) for lane, items in once(passing).items()}
         total = sum(one.room + ALIGNED for items in work.values() for one in items)
         if not total:
@@ -106,7 +107,7 @@ class Ring:
         while len(self._desks) < count:
             self._desks.append(_Desk([_Slot() for _ in range(self._each)]))
         size = min(self.nbytes, -(-total // ALIGNED) * ALIGNED)
-        ways = {lane: _way(lane, items, count, size) for lane, items in work.items()}
+        ways = {lane: _way(lane, items, count, size) for lane, items in passing.items()}
         crew, shared = Crew(), interleave([self._loads(lane, items) for lane, items in work.items()])
         each = [partial(self._carry, i, crew, shared, ways, size) for i in range(count)]
         desks = self._desks[:count]
@@ -149,21 +150,18 @@ class Ring:
                         return
                     lane, trip = load
                     flat = slot.taken(lane, max(size, _room(trip)), self._pinned)
-                    _fill(trip, flat.numpy().data)
-                    with at_work(lane):
-                        _send(trip, flat, ways[lane].scratches[number], lane)
-                        slot.marks.append((lane, lane.record()))
-                    for lane, to, source in _also(trip, flat):
-                        with at_work(lane):
-                            lane.copy(to, source)
-                            slot.marks.append((lane, lane.record()))
+                    _fill(trip, flat)
+                    for to, stops in ((lane, trip), *_also(trip)):
+                        with at_work(to):
+                            _send(stops, flat, ways[to].scratches[number], to)
+                            slot.marks.append((to, to.record()))
             finally:
                 for lane in used:
                     with lane.using(desk.streams[lane]):
                         desk.last[lane] = lane.record()
 
 
-def _way(lane: Lane, items: list[Passage], count: int, size: int) -> _Way:
+def _way(lane: Lane, items: Iterable[Passage], count: int, size: int) -> _Way:
     bare = any(type(one) is Change and one.flat is None for one in items)
     # By this thread, on its stream, like the destinations: the others wait for the mark behind all of it.
     scratches = [torch.empty(size if bare else 0, dtype=torch.uint8, device=lane.device) for _ in range(count)]
@@ -186,7 +184,8 @@ def _room(trip: list[Stop]) -> int:
     return -(-end // PAGE) * PAGE if last.direct else end
 
 
-def _fill(trip: list[Stop], where: memoryview) -> None:
+def _fill(trip: list[Stop], flat: torch.Tensor) -> None:
+    where = flat.numpy().data
     for source, stops in groupby(trip, lambda stop: stop.one.source):
         pieces: list[Piece] = []
         for stop in stops:
@@ -197,6 +196,9 @@ def _fill(trip: list[Stop], where: memoryview) -> None:
         for file, offset, views in jobs(source, pieces):
             file.readv_into(views, offset)
     _fill_pages([stop for stop in trip if stop.direct], where)
+    for stop in trip:
+        if isinstance(stop.one, Change):
+            stop.one.recast(flat[stop.start :])
 
 
 def _fill_pages(stops: list[Stop], where: memoryview) -> None:
@@ -209,12 +211,15 @@ def _fill_pages(stops: list[Stop], where: memoryview) -> None:
             first.one.source.read_pages(where, first.start, last.end, first.offset)
 
 
-def _also(trip: list[Stop], flat: torch.Tensor) -> Iterator[tuple[Lane, torch.Tensor, torch.Tensor]]:
-    """What goes to further places: how, where to, and the bytes."""
-    for one, done, size, start, _, _ in trip:
-        if type(one) is Span:
-            for lane, to, at in one.also:
-                yield lane, to[at + done : at + done + size], flat[start : start + size]
+def _also(trip: list[Stop]) -> Iterable[tuple[Lane, list[Stop]]]:
+    """What of a buffer goes to further places, and how."""
+    found: dict[Lane, list[Stop]] = {}
+    for stop in trip:
+        for lane, one in stop.one.also:
+            stops = found.setdefault(lane, [])
+            joins = bool(stops) and follows(one, stop, stops[-1], alignment(lane.device))
+            stops.append(stop._replace(one=one, joins=joins))
+    return found.items()
 
 
 def _send(trip: list[Stop], flat: torch.Tensor, scratch: torch.Tensor, lane: Lane) -> None:
@@ -222,7 +227,6 @@ def _send(trip: list[Stop], flat: torch.Tensor, scratch: torch.Tensor, lane: Lan
     to, at, first, last = scratch, 0, 0, 0  # the copy that is being collected: flat[first:last] to `to[at:]`
     for one, done, size, start, joins, _ in trip:
         if isinstance(one, Change):
-            one.recast(flat[start:])
             target, place = (scratch, start) if one.flat is None else (one.flat, 0)
             joins = to is scratch is target and start - last < ALIGNED
         else:
