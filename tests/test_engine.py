@@ -1,10 +1,12 @@
 """The engine: memory, coalesced calls, boxes as byte ranges, whole stored tensors."""
 
+import mmap
 import os
 import random
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from attrs import evolve
@@ -48,6 +50,27 @@ def test_memory_is_aligned_writable_and_outlives_its_first_view(nbytes):
         del where
         assert tensor.data_ptr() % 64 == 0
         assert tensor[-1] == 7
+
+
+def huge_pages() -> int:
+    """Bytes of this process that lie in huge pages."""
+    rollup = Path("/proc/self/smaps_rollup").read_text()
+    return next(int(line.split()[1]) << 10 for line in rollup.splitlines() if line.startswith("AnonHugePages"))
+
+
+@pytest.mark.parametrize("nbytes", [100 << 10, 1 << 20, 3 << 20])
+def test_many_tensors_lie_in_huge_pages_where_the_system_has_them(nbytes):
+    total, before = 96 << 20, huge_pages()
+    whole = mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    whole.madvise(mmap.MADV_HUGEPAGE)
+    np.frombuffer(whole, np.uint8)[:] = 1
+    if huge_pages() - before < total // 2:
+        pytest.skip("the system gives no huge pages")
+    whole.close()
+    before, kept = huge_pages(), [memory(nbytes) for _ in range(total // nbytes)]
+    for where in kept:
+        np.frombuffer(where, np.uint8)[:] = 1
+    assert huge_pages() - before > total // 2
 
 
 def test_memory_that_the_machine_lacks_is_refused():
