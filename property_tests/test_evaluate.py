@@ -14,12 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from funcmodel.core import build
-from funcmodel.core.lowering import lowered, reads
+from funcmodel.core.lowering import as_box, byte_runs, lowered, reads, stored
 from funcmodel.core.shapes import spec_of
 from funcmodel.plan.queries import cost
 from funcmodel.plan.routing import GAP, routing
 from funcmodel.records.dtypes import dtype
-from funcmodel.records.expressions import Call, Expr, Read
+from funcmodel.records.expressions import Call, Expr, Index, Read
 from funcmodel.records.plans import StateDictPlan
 from funcmodel.records.tensors import TensorSpec
 from funcmodel.run.boxes import chunks, ranges
@@ -270,6 +270,20 @@ def test_law_49_bytes_read_are_the_bytes_of_the_boxes_that_are_used(folder, data
     assert used <= said <= used + GAP * max(0, small - 1)
     assert counted(lambda: materialize(wanted)) - header == said
     assert counted(lambda: [None for _ in stream(wanted)]) - header == used
+
+
+@given(data=st.data())
+def test_what_stands_in_a_file_as_it_is_wanted_is_a_stored_tensor(folder, data):
+    """stored(e) is None or stored(e) ~ e, and has the bytes that reads(e) has; stored(index(r)) iff that is one run"""
+    expr, expected = data.draw(pairs(*folder))
+    read = stored(expr)
+    if read is not None:
+        assert spec_of(read) == spec_of(expr)
+        same(evaluate(read), expected)
+        assert sum(prod(stop - start for start, stop in box) for _, box in reads(expr)) == read.spec.numel
+    if isinstance(expr, Index) and isinstance(expr.of, Read):
+        runs = byte_runs(expr.of.spec.shape, expr.of.spec.dtype.bits, as_box(expr.at))
+        assert (read is not None) is (len(runs) == 1)
 
 
 SIZES: Final = [0, 1, 8, 600, 4088, 4096, 4104, 9000]

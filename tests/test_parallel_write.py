@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import funcmodel as fm
+from funcmodel.core import build
 from funcmodel.run.faults import faulty
 from funcmodel.run.filesystem import REAL
 
@@ -45,6 +46,24 @@ def test_files_are_rewritten_side_by_side_onto_themselves(tensors, tmp_path):
     assert len(fm.verify(tmp_path).verified) == len(tensors)
     found = fm.materialize(fm.scan(tmp_path))
     assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
+
+
+def test_rows_of_stored_tensors_are_written_side_by_side_too(tensors, tmp_path):
+    fm.save(tensors, tmp_path, max_shard_size=None)
+    rows = {key: build.narrow(expr, 0, 1, 5) for key, expr in fm.scan(tmp_path).items()}
+    mixed = {key: build.cast(expr, "float64") if key == "b7" else expr for key, expr in rows.items()}
+    for name, wanted in {"rows": rows, "mixed": mixed}.items():
+        plan = fm.plan_save(fm.StateDictPlan(wanted), shards=3)
+        assert (fm.cost(plan).buffers < 64 * MIB) is (name == "rows")
+        fm.write(plan, tmp_path / name)
+        found = {}
+        for file in (tmp_path / name).glob("*.safetensors"):
+            found.update(load_file(file))
+        assert found.keys() == tensors.keys()
+        for key, tensor in tensors.items():
+            expected = tensor[1:5].double() if name == "mixed" and key == "b7" else tensor[1:5]
+            assert found[key].dtype == expected.dtype
+            assert torch.equal(found[key], expected)
 
 
 @pytest.mark.parametrize("call", ["pwritev", "fsync"])

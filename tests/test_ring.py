@@ -562,7 +562,7 @@ def sliced(plan: dict[str, Read]) -> dict[str, tuple[object, torch.Tensor]]:
         "blocks": (build.take(plan["large"], chosen, 1), large[:, chosen]),
         "turned": (build.transpose(build.narrow(plan["half"], 1, 100, 200)), half[:, 100:200].T),
         "cast": (build.cast(build.narrow(plan["half"], 1, 5, 10), "float64"), half[:, 5:10].double()),
-        "few": (build.narrow(plan["complex"], 1, 2, 3), content()["complex"][:, 2:3]),
+        "few": (build.index(plan["complex"], ((3, 7), (2, 3))), content()["complex"][3:7, 2:3]),
     }
 
 

@@ -7,7 +7,7 @@ from math import prod
 from attrs import frozen
 
 from funcmodel.core.build import rebuilt
-from funcmodel.core.shapes import shape_of
+from funcmodel.core.shapes import shape_of, spec_of
 from funcmodel.errors import ShapeError
 from funcmodel.records.expressions import (
     At,
@@ -120,6 +120,8 @@ def below(expr: Expr) -> tuple[Expr, ...]:
         >>> [leaf.key for leaf in below(stack([live(key, TensorSpec([2], "float32")) for key in "ab"]))]
         ['a', 'b']
     """
+    if expr.__class__ is Read:
+        return ()
     match expr:
         case Index(of) | Permute(of) | Take(of) | Reshape(of) | Cast(of):
             return (of,)
@@ -127,6 +129,54 @@ def below(expr: Expr) -> tuple[Expr, ...]:
             return parts
         case _:
             return ()
+
+
+def stored(expr: Expr) -> Read | None:
+    """The expression as one stored tensor, where its bytes stand in a file as they are wanted; else None.
+
+    Example:
+        >>> from funcmodel.core.build import narrow, read
+        >>> from funcmodel.records.expressions import FileRef
+        >>> from funcmodel.records.tensors import TensorSpec
+        >>> w = read(FileRef("f", "safetensors", 4096, ""), "w", TensorSpec([4, 8], "float32"), 128)
+        >>> rows = stored(narrow(w, 0, 1, 3))
+        >>> rows.offset, rows.spec, stored(narrow(w, 1, 0, 3))
+        (160, [2, 8] float32, None)
+    """
+    if type(expr) is Read:
+        return expr
+    if not isinstance(expr, Index | Reshape):
+        return None
+    base = stored(expr.of)
+    if base is None or base.spec.dtype.pack > 1:
+        return None
+    start = _start(base.spec.shape, expr.at) if isinstance(expr, Index) else 0
+    if start < 0:
+        return None
+    return Read(base.file, base.name, spec_of(expr), base.offset + start * base.spec.dtype.bits // 8)
+
+
+def _start(shape: tuple[int, ...], at: At) -> int:
+    """The first element of a slicing that is one run of elements, or -1. As `byte_runs`, for up to 100,000 tensors."""
+    start, step, partial = 0, 1, False
+    for size, a in zip(reversed(shape), reversed(at), strict=True):
+        low, high = (a, a + 1) if isinstance(a, int) else a
+        if high <= low or (partial and high - low > 1):
+            return -1
+        partial = partial or high - low < size
+        start += low * step
+        step *= size
+    return start
+
+
+def as_box(at: At) -> Box:
+    """A slicing as a `(start, stop)` per axis.
+
+    Example:
+        >>> as_box((3, (0, 8)))
+        ((3, 4), (0, 8))
+    """
+    return tuple([(a, a + 1) if isinstance(a, int) else a for a in at])
 
 
 def leaves(expr: Expr) -> Iterator[Leaf]:
@@ -181,7 +231,7 @@ def reads(expr: Expr) -> Iterator[tuple[Read, Box]]:
             case Reshape(of):
                 pending.append(of)
             case Index(Read() as leaf, at):
-                yield leaf, tuple([(a, a + 1) if isinstance(a, int) else a for a in at])
+                yield leaf, as_box(at)
             case (Index() | Permute() | Take() | Cast()) as chain:
                 source = _source(chain)
                 if isinstance(source, Read):

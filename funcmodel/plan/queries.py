@@ -9,7 +9,7 @@ from typing import Final, Literal, TypeAlias, assert_never
 from attrs import evolve
 
 from funcmodel.core.index import render_index
-from funcmodel.core.lowering import below, has_call, leaves, nodes, reads
+from funcmodel.core.lowering import below, has_call, leaves, nodes, reads, stored
 from funcmodel.core.shapes import nbytes_of, spec_of
 from funcmodel.core.wire import BLANK, render_header, with_digests
 from funcmodel.errors import PlanError
@@ -207,9 +207,9 @@ def _between(shared: Iterable[Read]) -> dict[str, int]:
         if read.spec.nbytes:
             places.setdefault(read.file.path, []).append((read.offset, read.spec.nbytes))
     found = dict.fromkeys(places, 0)
-    for path, stored in places.items():
-        stored.sort(key=itemgetter(0))
-        for (start, size), (following, _) in pairwise(stored):
+    for path, parts in places.items():
+        parts.sort(key=itemgetter(0))
+        for (start, size), (following, _) in pairwise(parts):
             gap = following - start - size
             if 0 < gap <= GAP:
                 found[path] += gap
@@ -218,7 +218,7 @@ def _between(shared: Iterable[Read]) -> dict[str, int]:
 
 def _aside(expr: Expr) -> int:
     """The largest number of bytes that `expr` needs beside the destination at once."""
-    if type(expr) is Read or type(expr) is Live:
+    if type(expr) is Live or stored(expr) is not None:
         return 0
     found: dict[int, int] = {}
     for node in reversed([*nodes(expr)]):  # what it is made of comes first
@@ -319,7 +319,7 @@ def _save_cost(actions: Sequence[SaveAction], home: Device) -> Cost:
                 pass
             case _:
                 assert_never(action)
-    made = [expr for expr in exprs if type(expr) is not Read and type(expr) is not Live]
+    made = [expr for expr in exprs if type(expr) is not Live and stored(expr) is None]
     reading = any(type(leaf) is Read for expr in made for leaf in leaves(expr))
     far = [] if home == CPU else [leaf.spec.nbytes for expr in exprs for leaf in leaves(expr) if type(leaf) is Live]
     passing = 0 if home == CPU else sum(expr.spec.nbytes for expr in exprs if type(expr) is Live)

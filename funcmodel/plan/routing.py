@@ -7,13 +7,13 @@ from typing import Final, Literal, TypeAlias
 from attrs import evolve
 
 from funcmodel.core.limits import check_choice
-from funcmodel.core.lowering import byte_runs, reads
+from funcmodel.core.lowering import byte_runs, reads, stored
 from funcmodel.core.shapes import nbytes_of
 from funcmodel.core.templates import Matcher, template
 from funcmodel.errors import PlanError
 from funcmodel.records.actions import Assign
 from funcmodel.records.devices import CPU, Device, device
-from funcmodel.records.expressions import Cast, Expr, Index, Read
+from funcmodel.records.expressions import Cast, Expr, Read
 from funcmodel.records.mapping import FrozenMap
 from funcmodel.records.plans import LoadPlan
 from funcmodel.records.routes import ROUTES, Into, Machine, Memory, Route, Routing, Storage
@@ -33,6 +33,7 @@ FEW_PINNED: Final = 4  # up to MANY bytes so many are
 MANY: Final = 1_500_000_000  # and from there on two for each thread
 LARGE: Final = 32 << 20  # a file of which less is wanted is read through the page cache, cold or not
 FEW: Final = 64  # up to so many runs are read one by one, byte for byte
+CALLS: Final = 4  # and up to so many, a call for each costs no more than to take them out of a mapping
 SCATTERED: Final = 64 << 10  # bytes of a run from which on a call for it costs next to nothing
 NEAR: Final = 8 << 10  # runs less than this apart are on pages that a disk reads together
 HOT: Final = 0.9  # a file of which so much is in the page cache is read from there
@@ -129,12 +130,12 @@ def _routing(
             routes[key] = "stage"
         elif borrow and not obstacle("map", expr, home, machine):
             routes[key] = "map"
-        elif type(expr) is not Read:
+        elif (read := stored(expr)) is None:
             routes[key] = "transform"
         elif not fresh:
             routes[key] = "read"
         else:
-            routes[key] = "slab" if expr.spec.nbytes < SMALL else "read"
+            routes[key] = "slab" if read.spec.nbytes < SMALL else "read"
     if route is not None:
         _overrule(routes, entries, machine, fresh, route)
     return _with_buffers(routes, entries, machine, into)
@@ -159,44 +160,23 @@ def obstacle(route: Route, expr: Expr, on: Device, machine: Machine, *, fresh: b
         return "it goes into a tensor that exists"
     if route == "map":
         return _unmappable(expr, machine)
-    if type(expr) is not Read:
+    read = stored(expr)
+    if read is None:
         return "it is not stored as it is wanted"
-    if route == "slab" and expr.spec.nbytes > SLAB:
-        return f"it has {expr.spec.nbytes} bytes, a slab at most {SLAB}"
+    if route == "slab" and read.spec.nbytes > SLAB:
+        return f"it has {read.spec.nbytes} bytes, a slab at most {SLAB}"
     return ""
 
 
 def _unmappable(expr: Expr, machine: Machine) -> str:
-    found = mapped_range(expr)
-    if found is None:
+    read = stored(expr)
+    if read is None:
         return "it is not stored as it is wanted"
-    read, start, _ = found
     if not machine.storage.get(read.file.path, _UNKNOWN).mappable:
         return f"{read.file.path} is compressed, not probed, or on a file system that does not map reliably"
-    if start % max(1, read.spec.dtype.bits // 8):
-        return f"it starts at byte {start} of its file, between two elements"
+    if read.offset % max(1, read.spec.dtype.bits // 8):
+        return f"it starts at byte {read.offset} of its file, between two elements"
     return ""
-
-
-def mapped_range(expr: Expr) -> tuple[Read, int, int] | None:
-    """The stored tensor, first byte and size of an expression whose bytes stand in one piece in a file, or None.
-
-    Example:
-        >>> from funcmodel.core.build import narrow, read
-        >>> from funcmodel.records.expressions import FileRef
-        >>> from funcmodel.records.tensors import TensorSpec
-        >>> w = read(FileRef("f", "safetensors", 4096, ""), "w", TensorSpec([4, 8], "float32"), 128)
-        >>> mapped_range(narrow(w, 0, 1, 3))[1:], mapped_range(narrow(w, 1, 0, 3))
-        ((160, 64), None)
-    """
-    if type(expr) is Read:
-        return expr, expr.offset, expr.spec.nbytes
-    if type(expr) is not Index or type(expr.of) is not Read or expr.of.spec.dtype.pack > 1:
-        return None
-    read = expr.of
-    box = tuple([(a, a + 1) if isinstance(a, int) else a for a in expr.at])
-    runs = byte_runs(read.spec.shape, read.spec.dtype.bits, box)
-    return (read, read.offset + runs.start, runs.nbytes) if len(runs) == 1 else None
 
 
 def _overrule(
@@ -302,16 +282,16 @@ def _read_sizes(
     for key, expr, _ in entries:
         if routes[key] == "map":
             continue
-        stored = expr.of if type(expr) is Cast else expr
-        if type(stored) is Read:
-            sizes[stored.file.path] = sizes.get(stored.file.path, 0) + stored.spec.nbytes
+        source = expr.of if type(expr) is Cast else expr
+        if type(source) is Read:
+            sizes[source.file.path] = sizes.get(source.file.path, 0) + source.spec.nbytes
             continue
         for read, box in reads(expr):
             path, spec = read.file.path, read.spec
             sizes[path] = sizes.get(path, 0) + prod(stop - start for start, stop in box) * spec.dtype.bits // 8
             if spec.dtype.bits >= 8:
                 runs = byte_runs(spec.shape, spec.dtype.bits, box)
-                if len(runs) > FEW and runs.nbytes < SCATTERED:
+                if len(runs) > CALLS and runs.nbytes < SCATTERED:
                     far = len(runs) if runs.strides[-1] > NEAR else -len(runs)
                     scattered[path] = scattered.get(path, 0) + far
     return sizes, scattered

@@ -10,7 +10,7 @@ from math import prod
 from typing import Final, TypeAlias
 
 from funcmodel.errors import PlanError
-from funcmodel.plan.routing import BUFFER, FEW, SCATTERED
+from funcmodel.plan.routing import BUFFER, CALLS, FEW, SCATTERED
 from funcmodel.records.expressions import At
 from funcmodel.records.tensors import TensorSpec
 
@@ -25,12 +25,13 @@ RUN: Final = 64  # and any number of those that have so many bytes
 
 def counts(box: Box) -> tuple[int, ...]:
     """The shape of what a box selects."""
-    return tuple(sum(length for _, length in runs) for runs in box)
+    # Mostly one run, and asked for 100,000 tensors several times.
+    return tuple([runs[0][1] if len(runs) == 1 else sum([length for _, length in runs]) for runs in box])
 
 
 def whole(shape: Sequence[int]) -> Box:
     """The box that selects everything."""
-    return tuple(((0, size),) for size in shape)
+    return tuple([((0, size),) for size in shape])
 
 
 def ranges(shape: Sequence[int], itemsize: int, box: Box) -> Iterator[tuple[int, int]]:
@@ -57,7 +58,7 @@ def ranges(shape: Sequence[int], itemsize: int, box: Box) -> Iterator[tuple[int,
 
 def distinct(box: Box) -> Box:
     """The box with nothing twice."""
-    return tuple(_distinct(runs) for runs in box)
+    return tuple([runs if len(runs) == 1 else _distinct(runs) for runs in box])
 
 
 def _split(shape: Sequence[int], box: Box) -> int:
@@ -96,12 +97,12 @@ def scattered(shape: Sequence[int], itemsize: int, box: Box) -> bool:
     if axis < 0:
         return False
     count = prod(counts(box[:axis])) * len(box[axis])
-    return count > FEW and itemsize * prod(counts(box)) < SCATTERED * count
+    return count > CALLS and itemsize * prod(counts(box)) < SCATTERED * count
 
 
 def chunks(shape: Sequence[int], itemsize: int, box: Box, most: int = CHUNK) -> Iterator[tuple[Box, Box, Place]]:
     """A box in parts of at most 4 MiB to read: (part, part as it is read, where in the selection it goes)."""
-    yield from _chunks(shape, itemsize, box, tuple((0, n) for n in counts(box)), most)
+    yield from _chunks(shape, itemsize, box, tuple([(0, n) for n in counts(box)]), most)
 
 
 def _chunks(shape: Sequence[int], itemsize: int, box: Box, to: Place, most: int) -> Iterator[tuple[Box, Box, Place]]:
@@ -137,7 +138,7 @@ def _cut(runs: Runs, step: int) -> Iterator[tuple[int, Runs]]:
 
 def _distinct(runs: Runs) -> Runs:
     """The runs themselves, or where an element is in two of them, their union in ascending order."""
-    ascending = sorted(runs) if len(runs) > 1 else runs
+    ascending = sorted(runs)
     stops = (start + length for start, length in ascending)
     if all(stop <= start for stop, (start, _) in zip(stops, ascending[1:], strict=False)):
         return runs

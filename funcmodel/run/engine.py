@@ -26,6 +26,8 @@ RANGE: Final = 16 << 20  # one call reads at most this much
 THREADED: Final = 8 << 20  # less than this is not worth a thread
 IOVECS: Final = 1024  # the kernel's limit
 _GLANCE: Final = 256  # so many calls are work for threads, however small
+_CALLS: Final = 32  # of which one takes so many at a time,
+_SHARE: Final = 256 << 10  # but no more than it must to have so many bytes
 
 
 class Source(Protocol):
@@ -146,14 +148,28 @@ def perform(work: Iterable[Job], threads: int) -> None:
         for file, offset, views in chain(first, work):
             file.readv_into(views, offset)
         return
-    rest, crew = chain(first, work), Crew()
+    shares, crew = _shares(chain(first, work)), Crew()
 
     def read() -> None:
-        while (job := crew.next(rest)) is not None:
-            file, offset, views = job
-            file.readv_into(views, offset)
+        while (share := crew.next(shares)) is not None:
+            for file, offset, views in share:
+                file.readv_into(views, offset)
 
     crew.together([read] * min(threads, len(first)))
+
+
+def _shares(work: Iterable[Job]) -> Iterator[list[Job]]:
+    """What a thread takes at a time: one large call, or so many small ones that asking for them costs less."""
+    share: list[Job] = []
+    size = 0
+    for job in work:
+        share.append(job)
+        size += sum(map(len, job[2]))
+        if size >= _SHARE or len(share) == _CALLS:
+            yield share
+            share, size = [], 0
+    if share:
+        yield share
 
 
 # -- whole stored tensors ----------------------------------------------------------------------------------------------

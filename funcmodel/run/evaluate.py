@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from funcmodel.core.lowering import has_call, leaves
+from funcmodel.core.lowering import has_call, leaves, stored
 from funcmodel.core.shapes import nbytes_of
 from funcmodel.errors import PlanError
 from funcmodel.plan.routing import GAP, LARGE, SLAB, SMALL, Wanted, routing
@@ -95,6 +95,7 @@ def materialize_routed(
     near = home.type == "cpu"
     held = 0
     plain: dict[str, Read] = {}
+    parts: dict[str, Read] = {}
     mapped: list[tuple[str, Expr]] = []
     staged: dict[torch.device, list[tuple[str, Expr]]] = {}
     others: list[tuple[str, Expr]] = []
@@ -110,6 +111,10 @@ def materialize_routed(
         if taken == "map":
             mapped.append((key, expr))
             continue
+        if near and (taken == "slab" or taken == "read") and (read := stored(expr)) is not None:
+            parts[key] = read
+            held += read.spec.nbytes
+            continue
         if near:
             held += nbytes_of(expr)
         if taken == "stage" or not near:
@@ -120,7 +125,8 @@ def materialize_routed(
     with _evaluator(plan, live, formats, digest, routes) as at:
         result.update(at.mapped(mapped))
         result.update(read_plain(plain, at.files, way, routes.threads, GAP))
-        del plain
+        result.update(read_plain(parts, at.files, way, routes.threads))  # of which nothing beside them is read
+        del plain, parts
         for home, entries in staged.items():
             result.update(at.staged(entries, home))
         for batch in _batches(others):
@@ -298,8 +304,8 @@ def _batches(plan: Iterable[tuple[str, Expr]]) -> Iterator[list[tuple[str, Expr]
     batch: list[tuple[str, Expr]] = []
     size = 0
     for key, expr in plan:
-        read = expr.of if type(expr) is Cast else expr
-        nbytes = read.spec.nbytes if type(read) is Read else SMALL
+        read = stored(expr.of if type(expr) is Cast else expr)
+        nbytes = SMALL if read is None else read.spec.nbytes
         if nbytes >= SMALL:
             if batch:
                 yield batch

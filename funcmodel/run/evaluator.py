@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 import torch
 
-from funcmodel.core.lowering import lowered
+from funcmodel.core.lowering import as_box, byte_runs, lowered, stored
 from funcmodel.core.shapes import spec_of
 from funcmodel.errors import PlanError, ShapeError
-from funcmodel.plan.routing import BUFFER, FEW, PINNED, SMALL, mapped_range
+from funcmodel.plan.routing import BUFFER, FEW, PINNED, SMALL
 from funcmodel.records.dtypes import DType
 from funcmodel.records.expressions import (
     Call,
@@ -86,19 +86,19 @@ class Evaluator:
         mappings: dict[int, Mappings] = {}
         standing: list[tuple[int, int, str, TensorSpec, Mappings]] = []
         for key, expr in wanted:
-            stands = mapped_range(expr)
-            spec = expr.spec if type(expr) is Read else spec_of(expr)
-            if stands is None or not stands[2]:
+            read = stored(expr)
+            if read is None or not read.spec.nbytes:
+                spec = spec_of(expr)
                 found[key] = torch.empty(torch_shape(spec), dtype=torch_dtype(spec.dtype), device="cpu")
                 continue
-            read, start, size = stands
+            spec, start = read.spec, read.offset
             pages = mappings.get(id(read.file))
             if pages is None:
                 file = plain_file(self.files[read.file])
                 if file is None:
                     raise PlanError(f"{read.file.path} is decoded while it is read and cannot be mapped", keys=(key,))
                 pages = mappings[id(read.file)] = Mappings(file)
-            standing.append((start, start + size, key, spec, pages))
+            standing.append((start, start + spec.nbytes, key, spec, pages))
         standing.sort(key=itemgetter(0, 1))
         for start, stop, key, spec, pages in standing:
             where = pages.apart(start, stop)
@@ -112,27 +112,27 @@ class Evaluator:
 
         order = {ref: i for i, ref in enumerate(self.files)}
         # What is small lies on the device as it lies in the file, so that it takes one copy.
-        stored = [(order[expr.file], expr.offset, key, expr.spec) for key, expr in wanted if type(expr) is Read]
-        stored.sort(key=itemgetter(0, 1))
-        made = [(key, spec_of(expr)) for key, expr in wanted if type(expr) is not Read]
-        found = homes([*((key, spec) for _, _, key, spec in stored), *made], device)
+        standing = {key: read for key, expr in wanted if (read := stored(expr)) is not None}
+        ordered = sorted(standing, key=lambda key: (order[standing[key].file], standing[key].offset))
+        made = [(key, spec_of(expr)) for key, expr in wanted if key not in standing]
+        found = homes([*((key, standing[key].spec) for key in ordered), *made], device)
         device = found[wanted[0][0]].tensor.device  # which has an index, where one can have one
         passing = self._passing.setdefault(device, [])
         for key, expr in wanted:
-            home = found[key]
-            if type(expr) is not Read:
+            home, read = found[key], standing.get(key)
+            if read is None:
                 self.write(expr, home.tensor, staged=True)
             elif home.tensor.numel():
-                nbytes = expr.spec.nbytes
-                passing.append(Span(self.files[expr.file], expr.offset, nbytes, home.flat, home.at, padded=True))
+                nbytes = read.spec.nbytes
+                passing.append(Span(self.files[read.file], read.offset, nbytes, home.flat, home.at, padded=True))
         return {key: home.tensor for key, home in found.items()}
 
     def batch(self, batch: Sequence[tuple[str, Expr]]) -> dict[str, torch.Tensor]:
         """Tensors of one batch of `_batches`; what `finish` has yet to read is not in them."""
-        if len(batch) == 1 and type(batch[0][1]) is not Read:
+        if len(batch) == 1 and (type(batch[0][1]) is Cast or stored(batch[0][1]) is None):
             key, expr = batch[0]
             return {key: self._begun(expr)}
-        reads = {key: expr.of if type(expr) is Cast else expr for key, expr in batch}
+        reads = {key: stored(expr.of if type(expr) is Cast else expr) for key, expr in batch}
         routes: dict[str, Route] = {key: "slab" if len(batch) > 1 else "read" for key, _ in batch}
         found = read_plain(cast(dict[str, Read], reads), self.files, routes, self._routes.threads)
         for key, expr in batch:
@@ -212,7 +212,17 @@ class Evaluator:
         """
         written = 0
         spec = spec_of(expr)
+        plain = not casts and not staged and spec.dtype.pack == 1 and to.is_contiguous()
+        flat: memoryview | None = None
         for copy in lowered(expr):
+            if plain and (read := stored(copy.of)) is not None:
+                place = byte_runs(spec.shape, spec.dtype.bits, as_box(copy.to))
+                if len(place) == 1:
+                    flat = byte_view(to) if flat is None else flat
+                    piece = read.offset, flat[place.start : place.start + place.nbytes]
+                    self._pieces.setdefault(self.files[read.file], []).append(piece)
+                    written += read.spec.numel
+                    continue
             destination = part(to, copy.to, spec)
             self._write_chain(copy.of, destination, casts, staged)
             written += destination.numel()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from funcmodel.core.lowering import stored
 from funcmodel.core.shapes import spec_of
 from funcmodel.plan.sharding import Outbound
 from funcmodel.records.expressions import Expr, FileRef, Live, Read
@@ -43,10 +44,10 @@ class Outgoing:
         for key, expr in entries.items():
             if type(expr) is Live:
                 leaves.append(expr)
-            elif type(expr) is Read:
-                if not 0 <= expr.offset <= expr.file.nbytes - expr.spec.nbytes:
-                    check_plan({key: expr}, live)
-                self.refs[id(expr.file)] = expr.file
+            elif (read := stored(expr)) is not None:
+                if not 0 <= read.offset <= read.file.nbytes - read.spec.nbytes:
+                    check_plan({key: read}, live)
+                self.refs[id(read.file)] = read.file
             else:
                 self._computed[key] = expr
         far = _check_live(leaves, live)
@@ -70,13 +71,17 @@ class Outgoing:
             if kind is Read:
                 yield from _stored((expr for _, expr in run), files)
             elif kind is not Live:
-                yield from _joined((next(values)[1], spec_of(expr)) for _, expr in run)
+                for stands, some in groupby((expr for _, expr in run), lambda expr: stored(expr) is not None):
+                    if stands:
+                        yield from _stored(filter(None, map(stored, some)), files)
+                    else:
+                        yield from _joined((next(values)[1], spec_of(expr)) for expr in some)
             else:
                 leaves = ((self._live[expr.key], expr.spec) for _, expr in run)
                 drains = self._drains
                 parts = [(True, leaves)] if drains is None else groupby(leaves, key=lambda leaf: leaf[0].is_cpu)
-                for near, some in parts:
-                    yield from _joined(some) if near or drains is None else drains.bytes_of(t for t, _ in some)
+                for near, several in parts:
+                    yield from _joined(several) if near or drains is None else drains.bytes_of(t for t, _ in several)
 
 
 def _stored(reads: Iterable[Read], files: Mapping[FileRef, Source]) -> Iterator[list[memoryview]]:
