@@ -22,7 +22,7 @@ from funcmodel.records.dtypes import dtype
 from funcmodel.records.expressions import Call, Expr, Index, Read
 from funcmodel.records.plans import StateDictPlan
 from funcmodel.records.tensors import TensorSpec
-from funcmodel.run.boxes import chunks, ranges
+from funcmodel.run.boxes import chunks, parts, ranges
 from funcmodel.run.engine import opened
 from funcmodel.run.evaluate import evaluate, fill, materialize, materialize_routed, stream
 from funcmodel.run.formats import FORMATS
@@ -421,6 +421,20 @@ def test_chunks_cover_a_box_exactly_once(drawn, itemsize):
         held = selected(grid, wide).flatten().tolist()
         assert len(set(held)) == len(held)
         assert set(selected(grid, part).flatten().tolist()) <= set(held)
+    assert torch.equal(seen, expected)
+
+
+@given(boxes(), st.sampled_from([1, 2, 8]), st.integers(1, 200))
+def test_parts_cover_a_box_exactly_once_and_stay_small(drawn, itemsize, most):
+    shape, box = drawn
+    grid = torch.arange(prod(shape)).reshape(shape)
+    expected = selected(grid, box)
+    seen = torch.full_like(expected, -1)
+    for part, place in parts(itemsize, box, most):
+        where = tuple(slice(start, start + size) for start, size in place)
+        assert bool((seen[where] == -1).all())
+        seen[where] = selected(grid, part)
+        assert seen[where].numel() == 1 or seen[where].numel() * itemsize <= most
     assert torch.equal(seen, expected)
 
 

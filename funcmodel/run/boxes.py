@@ -4,7 +4,8 @@ A box says, for every axis of a row-major tensor, which runs `(start, length)` o
 element types count as torch counts them: two `F4` are one.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain, product
 from math import prod
 from typing import Final, TypeAlias
@@ -102,11 +103,22 @@ def scattered(shape: Sequence[int], itemsize: int, box: Box) -> bool:
 
 def chunks(shape: Sequence[int], itemsize: int, box: Box, most: int = CHUNK) -> Iterator[tuple[Box, Box, Place]]:
     """A box in parts of at most 4 MiB to read: (part, part as it is read, where in the selection it goes)."""
-    yield from _chunks(shape, itemsize, box, tuple([(0, n) for n in counts(box)]), most)
+    return _chunks(partial(widened, shape, itemsize), itemsize, box, tuple([(0, n) for n in counts(box)]), most)
 
 
-def _chunks(shape: Sequence[int], itemsize: int, box: Box, to: Place, most: int) -> Iterator[tuple[Box, Box, Place]]:
-    wide = widened(shape, itemsize, box)
+def parts(itemsize: int, box: Box, most: int = CHUNK) -> Iterator[tuple[Box, Place]]:
+    """A box of what lies in memory in parts of at most 4 MiB: (part, where in the selection it goes)."""
+    size = counts(box)
+    to = tuple([(0, n) for n in size])
+    if itemsize * prod(size) <= most:
+        return iter([(box, to)] if 0 not in size else [])
+    return ((part, place) for part, _, place in _chunks(lambda part: part, itemsize, box, to, most))
+
+
+def _chunks(
+    as_read: Callable[[Box], Box], itemsize: int, box: Box, to: Place, most: int
+) -> Iterator[tuple[Box, Box, Place]]:
+    wide = as_read(box)
     nbytes = itemsize * prod(counts(wide))
     axis = next((i for i, (_, n) in enumerate(to) if n > 1), None)
     if nbytes <= most or axis is None:
@@ -118,7 +130,7 @@ def _chunks(shape: Sequence[int], itemsize: int, box: Box, to: Place, most: int)
     for at, runs in _cut(box[axis], step):
         place = (start + at, sum(length for _, length in runs))
         inner = (*box[:axis], runs, *box[axis + 1 :])
-        yield from _chunks(shape, itemsize, inner, (*to[:axis], place, *to[axis + 1 :]), most)
+        yield from _chunks(as_read, itemsize, inner, (*to[:axis], place, *to[axis + 1 :]), most)
 
 
 def _cut(runs: Runs, step: int) -> Iterator[tuple[int, Runs]]:

@@ -28,7 +28,7 @@ from funcmodel.records.expressions import (
 )
 from funcmodel.records.routes import Route, Routing
 from funcmodel.records.tensors import TensorSpec
-from funcmodel.run.boxes import Box, box_of, chunks, distinct, ranges, scattered, whole, widened
+from funcmodel.run.boxes import Box, box_of, chunks, distinct, parts, ranges, scattered, whole, widened
 from funcmodel.run.checks import LiveTensors, function
 from funcmodel.run.engine import Piece, Source, jobs, perform, plain_file, read_plain
 from funcmodel.run.memory import memory, tensor_at
@@ -368,7 +368,7 @@ class Evaluator:
             for boxed in boxes:
                 read, shape, kind, box, to, casts, _ = boxed
                 file = plain_file(self.files[read.file])
-                for chunk, _, place in chunks(shape, kind.itemsize, box, _PIECE):
+                for chunk, place in parts(kind.itemsize, box, _PIECE):
                     pages = None if file is None else files.bytes_of(file)
                     if pages is None:
                         self._pass(boxed)

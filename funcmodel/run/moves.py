@@ -12,7 +12,7 @@ from funcmodel.errors import PlanError
 from funcmodel.records.dtypes import DType
 from funcmodel.records.expressions import At
 from funcmodel.records.tensors import TensorSpec
-from funcmodel.run.boxes import Box, Place, chunks, counts, indices, packed, whole
+from funcmodel.run.boxes import Box, Place, counts, indices, packed, parts, whole
 from funcmodel.run.tensors import torch_dtype
 
 _BITS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -46,7 +46,7 @@ def move_box(source: torch.Tensor, box: Box, to: torch.Tensor, casts: Sequence[D
         move(picked(source, box, everything), to, casts)
         return
     size = max(source.element_size(), *(kind.bits // 8 for kind in casts), 1)
-    for part, _, place in chunks(source.shape, size, box):
+    for part, place in parts(size, box):
         piece = picked(source, part, everything)
         if near:
             move(piece, placed(to, place), casts)
