@@ -58,7 +58,7 @@ def lowered(expr: Expr) -> tuple[Copy, ...]:
     if 0 in shape:
         return ()
     to = tuple([(0, n) for n in shape])
-    if isinstance(expr, Read | Live | Full | Noise | Call | Reshape):
+    if not isinstance(_source(expr), Concat | Stack):
         return (Copy(to, expr),)
     out: list[Copy] = []
     _lower(expr, list(to), list(range(len(shape))), out)

@@ -143,7 +143,8 @@ def check_destination(key: str, expr: Expr, destinations: LiveTensors) -> torch.
         raise ShapeError(
             f"{key}: the destination is {found!r}, the plan makes {expected!r}", key=key, expected=expected, found=found
         )
-    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+    strides = tensor.stride()
+    if 0 in strides and any(stride == 0 and size > 1 for stride, size in zip(strides, tensor.shape, strict=True)):
         raise PlanError(f"{key}: elements of the destination share memory; write to its base instead", keys=(key,))
     if tensor.is_conj() or tensor.is_neg():
         raise PlanError(f"{key}: the destination is a lazy conjugate or negative; write to its base", keys=(key,))

@@ -215,7 +215,9 @@ def fill_routed(
     """`fill`, by routes that were chosen before; None chooses them now."""
     into = {key: check_destination(key, expr, destinations) for key, expr in plan.items()}
     if routes is None:
-        routes = _probed(plan, formats, {key: str(t.device) for key, t in into.items()}, "own", route, into="existing")
+        homes = {tensor.device for tensor in into.values()}
+        on = homes.pop() if len(homes) == 1 else {key: str(tensor.device) for key, tensor in into.items()}
+        routes = _probed(plan, formats, on, "own", route, into="existing")
     tensors = {key: t for key, t in (live or {}).items() if isinstance(t, torch.Tensor)}
     taken = Occupied(into.values()) if tensors else None
     source = {key: t.detach().clone() if taken and taken.touches(t) else t for key, t in tensors.items()}

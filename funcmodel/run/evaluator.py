@@ -210,17 +210,19 @@ class Evaluator:
             casts: what happens to it on the way.
             staged: whether everything that is read passes through the ring, as all must that goes to another device.
         """
+        plain = not casts and not staged and to.is_contiguous()
+        if plain and (read := stored(expr)) is not None:
+            self._note(read, byte_view(to))
+            return
         written = 0
         spec = spec_of(expr)
-        plain = not casts and not staged and spec.dtype.pack == 1 and to.is_contiguous()
         flat: memoryview | None = None
         for copy in lowered(expr):
-            if plain and (read := stored(copy.of)) is not None:
+            if plain and spec.dtype.pack == 1 and (read := stored(copy.of)) is not None:
                 place = byte_runs(spec.shape, spec.dtype.bits, as_box(copy.to))
                 if len(place) == 1:
                     flat = byte_view(to) if flat is None else flat
-                    piece = read.offset, flat[place.start : place.start + place.nbytes]
-                    self._pieces.setdefault(self.files[read.file], []).append(piece)
+                    self._note(read, flat[place.start : place.start + place.nbytes])
                     written += read.spec.numel
                     continue
             destination = part(to, copy.to, spec)
@@ -228,6 +230,11 @@ class Evaluator:
             written += destination.numel()
         if written != to.numel():
             raise PlanError(f"the copies of {type(expr).__name__} write {written} of {to.numel()} elements")
+
+    def _note(self, read: Read, where: memoryview) -> None:
+        """Note what is to be read to one place."""
+        if where:
+            self._pieces.setdefault(self.files[read.file], []).append((read.offset, where))
 
     def _write_chain(self, expr: Expr, to: torch.Tensor, casts: tuple[DType, ...], staged: bool) -> None:
         """A chain without joins: casts are collected, permutations and picks move to the destination's side."""
