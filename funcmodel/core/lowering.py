@@ -58,7 +58,7 @@ def lowered(expr: Expr) -> tuple[Copy, ...]:
     if 0 in shape:
         return ()
     to = tuple([(0, n) for n in shape])
-    if not isinstance(_source(expr), Concat | Stack):
+    if not joins(expr):
         return (Copy(to, expr),)
     out: list[Copy] = []
     _lower(expr, list(to), list(range(len(shape))), out)
@@ -83,10 +83,23 @@ def _lower(expr: Expr, to: list[int | tuple[int, int]], axes: list[int], out: li
             for i, part in enumerate(parts, start):
                 _lower(part, [*to[:axis], i, *to[axis + 1 :]], rest, out)
         case _:
-            if isinstance(_source(expr), Concat | Stack):
+            if joins(expr):
                 _lower(rebuilt(expr), to, axes, out)
             else:
                 out.append(Copy(tuple(to), expr))
+
+
+def joins(expr: Expr) -> bool:
+    """Whether it puts parts together, so that there is more than one copy.
+
+    Example:
+        >>> from funcmodel.core.build import cast, live, stack
+        >>> from funcmodel.records.tensors import TensorSpec
+        >>> x = live("x", TensorSpec([4, 2], "float32"))
+        >>> joins(cast(stack([x, x]), "bfloat16")), joins(cast(x, "bfloat16"))
+        (True, False)
+    """
+    return isinstance(_source(expr), Concat | Stack)
 
 
 def _source(expr: Expr) -> Expr:
@@ -108,7 +121,8 @@ def nodes(expr: Expr) -> Iterator[Expr]:
     while pending:
         node = pending.pop()
         yield node
-        pending.extend(reversed(below(node)))
+        if node.__class__ is not Read:
+            pending.extend(reversed(below(node)))
 
 
 def below(expr: Expr) -> tuple[Expr, ...]:

@@ -5,7 +5,7 @@ element types count as torch counts them: two `F4` are one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain, product
 from math import prod
 from typing import Final, TypeAlias
@@ -92,7 +92,8 @@ def widened(shape: Sequence[int], itemsize: int, box: Box) -> Box:
     return box
 
 
-def scattered(shape: Sequence[int], itemsize: int, box: Box) -> bool:
+@lru_cache(maxsize=1024)  # a model has few shapes and many tensors
+def scattered(shape: tuple[int, ...], itemsize: int, box: Box) -> bool:
     """Whether a box lies in so many small runs that a call for each would cost more than the bytes."""
     axis = _split(shape, box)
     if axis < 0:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 import torch
 
-from funcmodel.core.lowering import as_box, byte_runs, lowered, stored
+from funcmodel.core.lowering import as_box, byte_runs, joins, lowered, stored
 from funcmodel.core.shapes import spec_of
 from funcmodel.errors import PlanError, ShapeError
 from funcmodel.plan.routing import BUFFER, FEW, PINNED, SMALL
@@ -213,6 +213,10 @@ class Evaluator:
         plain = not casts and not staged and to.is_contiguous()
         if plain and (read := stored(expr)) is not None:
             self._note(read, byte_view(to))
+            return
+        if not joins(expr):
+            if to.numel():
+                self._write_chain(expr, to, casts, staged)
             return
         written = 0
         spec = spec_of(expr)

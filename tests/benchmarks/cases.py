@@ -270,6 +270,45 @@ def small_load(world: World) -> Case:
     )
 
 
+def small_parts(world: World) -> Case:
+    path, tensors = world.small_path, world.small_tensors
+    made = ours.parts(path)
+    others = {
+        "rows": ("safe_open: slices + clone", lambda: peers.safe_open_rows(path)),
+        "columns": ("safe_open: slices of columns + clone", lambda: peers.safe_open_columns(path)),
+        "stacked by tens": ("load_file + stack", lambda: peers.load_file_stacked(path)),
+        "cast": ("load_file + to", lambda: peers.load_file_cast(path)),
+    }
+    some = [*tensors][:: max(1, len(tensors) // 3)]
+    half = [size // 2 for size in tensors[some[0]].shape]
+    right = [
+        {key: tensors[key][half[0] :] for key in some},
+        {key: tensors[key][:, half[1] :] for key in some},
+        {key: tensors[key].float() for key in some},
+        {"0.weight": torch.stack([tensors[f"0.{i}.weight"] for i in range(10)])},
+    ]
+
+    def verify(found: Mapping[str, torch.Tensor]) -> None:
+        if not any(all(key in found and torch.equal(found[key], one[key]) for key in one) for one in right):
+            raise ValueError("a tensor has the wrong value")
+
+    return Case(
+        "small_parts",
+        "many tensors of 2 KiB, hot: the second half of each, tens of them as one, or as float32",
+        total(tensors.values()),
+        [
+            contender
+            for name, plan in made.items()
+            for contender in (
+                mine(name, ours.materialize_plan, prepare=lambda plan=plan: plan),
+                peer(*others[name]),
+            )
+        ],
+        count=len(tensors),
+        verify=verify,
+    )
+
+
 CASES: Mapping[str, Callable[[World], Case]] = {
     "limits": machine,
     "map": mapped,
@@ -279,4 +318,5 @@ CASES: Mapping[str, Callable[[World], Case]] = {
     "cast": cast,
     "cold": cold,
     "small_load": small_load,
+    "small_parts": small_parts,
 }

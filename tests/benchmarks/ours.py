@@ -54,6 +54,14 @@ def materialize_plan() -> Act:
     return lambda source: fm.materialize(source)
 
 
+def parts(path: Path) -> dict[str, fm.StateDictPlan]:
+    """Plans of what is not stored as it is wanted; the keys are those of `small_network`."""
+    whole = fm.scan(path)
+    rows, columns = (fm.tp_slice({"{i}.{j}.weight": axis}, rank=1, world_size=2)(whole) for axis in (0, 1))
+    stacked = fm.convert(fm.Stacked("{i}.{j}.weight", "{i}.weight", over="j"))(whole)
+    return {"rows": rows, "columns": columns, "stacked by tens": stacked, "cast": fm.cast("float32")(whole)}
+
+
 def save(source: nn.Module | Tensors, max_shard_size: int | None, durability: str) -> Act:
     return lambda into: fm.save(source, into, max_shard_size=max_shard_size, durability=durability)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import safetensors.torch as st
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from tests.benchmarks.limits import spread
@@ -54,6 +55,38 @@ def _pread(function: Callable[..., Any]) -> dict[str, str]:
 
 def load_file(path: Path) -> Act:
     return lambda _: st.load_file(path)
+
+
+def safe_open_rows(path: Path) -> Act:
+    def act(_: Any) -> Tensors:
+        with safe_open(path, "pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - no dict
+            return {key: one[one.get_shape()[0] // 2 :].clone() for key, one in slices.items()}
+
+    return act
+
+
+def safe_open_columns(path: Path) -> Act:
+    def act(_: Any) -> Tensors:
+        with safe_open(path, "pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - no dict
+            return {key: one[:, one.get_shape()[1] // 2 :].clone() for key, one in slices.items()}
+
+    return act
+
+
+def load_file_stacked(path: Path) -> Act:
+    def act(_: Any) -> Tensors:
+        groups: dict[str, list[torch.Tensor]] = {}
+        for key, tensor in sorted(st.load_file(path).items(), key=lambda one: [*map(int, one[0].split(".")[:2])]):
+            groups.setdefault(key.partition(".")[0], []).append(tensor)
+        return {f"{key}.weight": torch.stack(group) for key, group in groups.items()}
+
+    return act
+
+
+def load_file_cast(path: Path) -> Act:
+    return lambda _: {key: tensor.float() for key, tensor in st.load_file(path).items()}
 
 
 def load_file_touch(path: Path) -> Act:
@@ -242,7 +275,7 @@ def fastsafetensors_load(path: Path, device: str) -> Act:
 
     def act(_: Any) -> Tensors:
         with fast.fastsafe_open(filenames=[str(path)], nogds=True, device=device, debug_log=False) as file:
-            return {key: file.get_tensor(key).clone().detach() for key in file.keys()}  # noqa: SIM118
+            return {key: file.get_tensor(key).clone().detach() for key in file.keys()}  # noqa: SIM118 - no dict  # noqa: SIM118
 
     return act
 
