@@ -140,7 +140,7 @@ def cost(plan: StateDictPlan | LoadPlan | SavePlan, *, on: object = "cpu", route
             if routes is not None and routes.into == "existing":
                 aside += sum(nbytes_of(expr) for expr in plan.values() if has_call(expr))
             found = _cost(ways, {home: nbytes(plan) - lent}, aside, "fresh" if routes is None else routes.into)
-            changed = {home} if any(type(expr) is not Read for expr in plan.values()) else set[Device]()
+            changed = {home} if any(stored(expr) is None for expr in plan.values()) else set[Device]()
             return _with_routes(found, routes, lent, changed)
         case LoadPlan():
             return _load_cost(plan)
@@ -268,7 +268,7 @@ def _load_cost(plan: LoadPlan) -> Cost:
     way = {} if plan.routing is None else plan.routing.routes
     for action in plan.actions:
         where, size, expr = _held(action)
-        if expr is not None and type(expr) is not Read:
+        if expr is not None and stored(expr) is None:
             changed.add(where)
         if type(action) is Assign and way.get(action.key) == "map":
             borrowed += size

@@ -13,7 +13,7 @@ Route: TypeAlias = Literal["map", "read", "slab", "transform", "stage"]
 * "map": the tensor *is* pages of the file; nothing is copied, and another process that changes the file changes it.
 * "read": its bytes are read into memory that is its alone, or into the storage that a module already has.
 * "slab": its bytes are read into a block of fresh memory that small tensors share.
-* "transform": it is computed from what is read: cast, transposed, cut out, joined.
+* "transform": it is computed from what is read: cast, transposed, joined, cut out in more pieces than one.
 * "stage": it passes through a few reused buffers, on the way to a GPU pinned ones that are copied while others fill.
 """
 
